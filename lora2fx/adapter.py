@@ -1,0 +1,119 @@
+"""An adapter: the trainable low-rank update ΔW = left · diag(gate) · right of one site, written once.
+
+The rewritten forward, the merged weight, pruning, folding and every export derive from these three.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from lora2fx.site import Site
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis of an adapter that a budget may shorten, entry by entry.
+
+    `mask` multiplies the forward; `keep` is the last allocation (both bool, one element an entry).
+    `scored` names the parameters whose importance is an entry's importance, each with the dimension that
+    runs along the axis. A mask event zeroes `value` in place, so that an entry may grow back before
+    the final phase; where it is None, the event writes `mask` at once.
+    """
+
+    mask: Tensor
+    keep: Tensor
+    scored: tuple[tuple[str, int], ...]
+    value: Tensor | None = None
+
+
+class Adapter(nn.Module):
+    """ΔW = left · diag(gate) · right for one site; the gate holds the scale s.
+
+    Buffers: `progress` int64 (3,) = (optimiser steps done, total steps, skipped steps), so that a
+    checkpoint of the model knows how far its pruning schedule came.
+    """
+
+    progress: Tensor
+    columns: Tensor | None
+
+    def __init__(self, site: Site, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.site = site
+        self.dropout = nn.Dropout(dropout) if dropout else None
+        self.register_buffer("progress", torch.zeros(3, dtype=torch.int64))
+        self.register_buffer("columns", site.column_index(), persistent=False)
+
+    @abstractmethod
+    def left(self) -> Tensor:
+        """(*batch, in, k)"""
+
+    @abstractmethod
+    def gate(self) -> Tensor:
+        """(k,) or (*batch, k), the scale s included"""
+
+    @abstractmethod
+    def right(self) -> Tensor:
+        """(*batch, k, out)"""
+
+    @property
+    @abstractmethod
+    def lambdas(self) -> Tensor:
+        """(r,) what a report prints as λ: zero where a rank is pruned."""
+
+    def axes(self) -> dict[str, Axis]:
+        """The axes that a budget may shorten, by name."""
+        return {}
+
+    def compact(self) -> None:
+        """Drop pruned entries physically; ΔW stays what it is."""
+
+    def track(self, *names: str) -> None:
+        """Give each named parameter the two moving averages that importance is made of."""
+        for name in names:
+            value = self.get_parameter(name).detach()
+            self.register_buffer(f"{name}_sensitivity", torch.zeros_like(value))
+            self.register_buffer(f"{name}_uncertainty", torch.zeros_like(value))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What the site adds to its output: x (..., in) → (..., out of this site), in the adapter's dtype."""
+        left = self.left()
+        x = x if self.dropout is None else self.dropout(x)
+        return ((x.type_as(left) @ left) * self.gate()) @ self.right()
+
+    def delta(self) -> Tensor:
+        """ΔW as the matrix (*batch, in, out of this site)."""
+        return (self.left() * self.gate().unsqueeze(-2)) @ self.right()
+
+    def weight_delta(self) -> Tensor:
+        """ΔW in the weight's own shape, zero outside the site's columns."""
+        delta = self.delta()
+        if self.columns is not None:
+            whole = delta.new_zeros(*self.site.batch_shape, self.site.in_features, self.site.weight_out_features)
+            delta = whole.index_add(-1, self.columns, delta)
+        return self.site.from_matrix(delta)
+
+    def exact(self) -> Self:
+        """A detached float64 copy on the same device: what folding and exporting compute with."""
+        return copy.deepcopy(self).double().requires_grad_(False)
+
+    @torch.no_grad()
+    def singular_values(self) -> Tensor:
+        """ΔW's singular values, float64, largest first, (*batch, min(in, k, out)); O(k²(in + out))."""
+        exact = self.exact()
+        left = torch.linalg.qr(exact.left() * exact.gate().unsqueeze(-2)).R
+        right = torch.linalg.qr(exact.right().mT).R
+        return torch.linalg.svdvals(left @ right.mT)
+
+    def rank(self, tolerance: float = 1e-9) -> int:
+        """ΔW's numeric rank: singular values above `tolerance` times the largest (a stack's maximum)."""
+        values = self.singular_values()
+        if values.numel() == 0:
+            return 0
+        top = values.amax()
+        return int((values > tolerance * top).sum(-1).max()) if top > 0 else 0

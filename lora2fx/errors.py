@@ -1,0 +1,43 @@
+"""Every error that lora2fx raises on purpose: what was asked, what was found, what to do."""
+
+from __future__ import annotations
+
+
+class Lora2fxError(Exception):
+    """Base class of all errors raised on purpose."""
+
+
+class TargetError(Lora2fxError):
+    """A target or exclusion that matches nothing, or that can't be read."""
+
+
+class InputsError(Lora2fxError):
+    """Example inputs are needed and were not given, or don't fit the model's forward."""
+
+
+class RewriteError(Lora2fxError):
+    """A matched weight that can't be rewritten safely."""
+
+
+class VerifyError(Lora2fxError):
+    """A rewritten model that doesn't compute what it must."""
+
+
+class AdapterError(Lora2fxError):
+    """Adapters that are missing, present twice, or hold values that can't be used."""
+
+
+class ScheduleError(Lora2fxError):
+    """A pruning schedule that doesn't fit its run, was never driven, or ended early."""
+
+
+class FormatError(Lora2fxError):
+    """An adapter file or folder that can't be trusted or doesn't fit the model."""
+
+
+class ExportError(Lora2fxError):
+    """An export that can't be made or didn't prove itself; nothing was written."""
+
+
+class Lora2fxWarning(UserWarning):
+    """Something that works, but not as most users would want."""

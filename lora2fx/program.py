@@ -1,0 +1,76 @@
+"""A program: an adapted model with its sites, adapters and method. A pass is a function of one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from lora2fx.adapter import Adapter
+from lora2fx.errors import AdapterError
+from lora2fx.reports import Report
+from lora2fx.site import Site
+from lora2fx.training.slots import Training
+
+RECORD = "_lora2fx"
+
+
+class Method(Protocol):
+    """Hyperparameters of one adaptation method: a frozen dataclass."""
+
+    def adapter(self, site: Site) -> Adapter:
+        """A fresh adapter for the site, ΔW = 0, drawn from torch's global generator."""
+
+    def training(self) -> Training:
+        """What drives the adapters from step to step."""
+
+
+@dataclass
+class Record:
+    """What `transform` leaves on the model beside the adapters, for the passes that undo and report it."""
+
+    method: Method
+    trainable_before: frozenset[str]
+    modules_to_save: tuple[str, ...] = ()
+    originals: dict[str, Tensor] = field(default_factory=dict)
+    verify: dict[str, Any] = field(default_factory=dict)
+    skipped: tuple[dict[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
+class Program:
+    """A model, the module that `transform` was given within it, its method and its adapters by module path."""
+
+    model: nn.Module
+    root: nn.Module
+    record: Record
+    adapters: dict[str, Adapter]
+
+    @property
+    def method(self) -> Method:
+        return self.record.method
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        return tuple(adapter.site for adapter in self.adapters.values())
+
+
+Pass = Callable[[Program], Report]
+
+
+def program_of(model: nn.Module, asked: str) -> Program:
+    """The program inside `model`, which may wrap it (DDP, torch.compile, a user's own module).
+
+    Raises `AdapterError`, naming what was `asked`, where there is none.
+    """
+    for root in model.modules():
+        record = vars(root).get(RECORD)
+        if record is not None:
+            adapters = {name: module for name, module in root.named_modules() if isinstance(module, Adapter)}
+            return Program(model, root, record, adapters)
+    raise AdapterError(
+        f"{asked}: {type(model).__name__} holds no adapters. Call lora2fx.transform(model, targets=[...]) first;"
+        " a model that was folded or unloaded is a plain model again."
+    )
