@@ -1,0 +1,63 @@
+# Every target sets itself up in .venv first. Needed: make and Python 3.11 or newer, nothing else.
+VENV    ?= .venv
+PYTHON  ?=
+WORKERS ?= 2
+ARGS    ?=
+BIN     := $(VENV)/bin
+PIP     := $(BIN)/python -m pip install --quiet -c constraints.txt
+
+.PHONY: help demo test check format lint types imports setup clean
+
+help:  ## these lines
+	@sed -n 's/^\([a-z]*\):.*##/make \1 /p' Makefile
+
+demo: $(VENV)/.installed-demo  ## adapt a small vision transformer, fold and export it (ARGS="--seed 1")
+	@$(BIN)/lora2fx demo $(ARGS)
+
+test: $(VENV)/.installed-dev  ## run the tests (ARGS="-k fold")
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+
+check: lint types imports test  ## everything that CI runs
+
+format: $(VENV)/.installed-dev  ## rewrite the sources as CI wants them
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+lint: $(VENV)/.installed-dev  ## ruff: formatting and rules
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+
+types: $(VENV)/.installed-dev  ## mypy --strict
+	$(BIN)/mypy --strict
+
+imports: $(VENV)/.installed-dev  ## the import directions, as pyproject.toml states them
+	$(BIN)/lint-imports
+
+setup: $(VENV)/.installed-dev  ## .venv with everything that development needs
+
+clean:  ## remove .venv, caches and build outputs
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+
+$(VENV)/.installed-demo: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing lora2fx[demo] into $(VENV) (once; the first time downloads PyTorch)"
+	@$(PIP) -e ".[demo]"
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing lora2fx[dev] into $(VENV) (once; the first time downloads PyTorch)"
+	@$(PIP) -e ".[dev]"
+	@touch $@ $(VENV)/.installed-demo
+
+$(BIN)/python:
+	@for python in $(or $(PYTHON),python3 python3.14 python3.13 python3.12 python3.11 python); do \
+	  if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then \
+	    $$python -m venv $(VENV) && exit 0; \
+	    rm -rf $(VENV); \
+	    echo "$$python can't make a virtual environment (on Debian or Ubuntu: apt install python3-venv)." >&2; \
+	    exit 1; \
+	  fi; \
+	done; \
+	echo "lora2fx needs Python 3.11 or newer, and $(or $(PYTHON),python3) is" \
+	  "$$($(or $(PYTHON),python3) --version 2>/dev/null || echo missing)." \
+	  "Install a newer one, or name it: make PYTHON=/path/to/python3.11" >&2; \
+	exit 1

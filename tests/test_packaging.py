@@ -1,0 +1,127 @@
+"""The package as it is delivered: what sdist and wheel hold, a clone without symlinks, and the import rules."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = {"lora2fx": ROOT / "lora2fx", "lora2fx.passes": ROOT / "passes", "lora2fx.exporters": ROOT / "exporters"}
+
+
+def run(*command: str | Path, cwd: Path, **environment: str) -> str:
+    done = subprocess.run(
+        [str(part) for part in command],
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def modules(folder: Path = ROOT) -> set[str]:
+    """Every module of the package as the path that it has in a wheel, found in the real folders."""
+    found = {f"lora2fx/{root}/{path.name}" for root in ("passes", "exporters") for path in (folder / root).glob("*.py")}
+    for path in (folder / "lora2fx").rglob("*.py"):
+        relative = path.relative_to(folder).as_posix()
+        if not relative.startswith(("lora2fx/passes/", "lora2fx/exporters/")):
+            found.add(relative)
+    return found
+
+
+def dotted(path: str) -> str:
+    return path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The working tree as a fresh clone has it, but where git can make no symlinks."""
+    folder = tmp_path_factory.mktemp("clone") / "lora2fx"
+    run("git", "-c", "core.symlinks=false", "clone", "--quiet", "--no-hardlinks", ROOT, folder, cwd=ROOT)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel that `python -m build` makes from the sdist, not from the tree."""
+    out = tmp_path_factory.mktemp("dist")
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", out, source, cwd=out)
+    return next(out.glob("*.whl"))
+
+
+def test_a_clone_without_symlinks_has_text_files_in_their_place(source: Path) -> None:
+    assert (source / "lora2fx" / "passes").read_text() == "../passes"
+    assert (source / "lora2fx" / "exporters").read_text() == "../exporters"
+
+
+def test_the_wheel_lists_every_module_once(source: Path, wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    listed = [name for name in names if name.endswith(".py")]
+    assert sorted(listed) == sorted(modules(source))
+    assert {"lora2fx/passes/__init__.py", "lora2fx/exporters/__init__.py", "lora2fx/demo/__init__.py"} <= set(listed)
+    assert "lora2fx/py.typed" in names
+
+
+def test_the_sdist_holds_the_folders_and_the_license(wheel: Path) -> None:
+    with tarfile.open(next(wheel.parent.glob("*.tar.gz"))) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"passes/__init__.py", "exporters/__init__.py", "LICENSE", "README.md", "pyproject.toml"} <= names
+
+
+def test_the_wheel_states_licence_python_and_command(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        metadata = archive.read(next(n for n in archive.namelist() if n.endswith("METADATA"))).decode()
+        commands = archive.read(next(n for n in archive.namelist() if n.endswith("entry_points.txt"))).decode()
+    assert "License-Expression: Apache-2.0" in metadata
+    assert "Requires-Python: >=3.11" in metadata
+    core = [line for line in metadata.splitlines() if line.startswith("Requires-Dist") and "extra ==" not in line]
+    assert [line.split()[1].split(">")[0] for line in core] == ["torch", "safetensors", "numpy"]
+    assert "lora2fx = lora2fx.cli:main" in commands
+
+
+def test_a_clone_without_symlinks_installs_and_imports(source: Path, tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    options = ("--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--target", site)
+    run(sys.executable, "-m", "pip", "install", *options, source, cwd=tmp_path)
+    names = sorted(dotted(path) for path in modules(source) if path != "lora2fx/__main__.py")
+    program = f"import importlib, sys; [importlib.import_module(name) for name in {names!r}]; print(sys.modules['lora2fx'].__file__)"
+    assert run(sys.executable, "-c", program, cwd=tmp_path, PYTHONPATH=str(site)).strip().startswith(str(site))
+
+
+def test_importing_the_package_imports_no_optional_dependency() -> None:
+    """Core is torch, safetensors and numpy; the rest is imported where it is used."""
+    names = sorted(dotted(path) for path in modules() if path != "lora2fx/__main__.py")
+    optional = "transformers accelerate peft onnx onnxscript onnxruntime sklearn tqdm datasets".split()
+    program = (
+        f"import importlib, sys\nfor name in {names!r}: importlib.import_module(name)\n"
+        f"print([name for name in {optional!r} if name in sys.modules])"
+    )
+    assert run(sys.executable, "-c", program, cwd=ROOT).strip() == "[]"
+
+
+def test_pinned_versions_are_the_installed_ones() -> None:
+    """What the tests ran with is what constraints.txt gives everybody."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    differing = {}
+    for line in (ROOT / "constraints.txt").read_text().splitlines():
+        name, _, pinned = line.partition("==")
+        if pinned:
+            try:
+                installed = version(name).partition("+")[0]
+            except PackageNotFoundError:
+                continue
+            if installed != pinned:
+                differing[name] = (pinned, installed)
+    assert not differing
