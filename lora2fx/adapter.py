@@ -45,6 +45,7 @@ class Adapter(nn.Module):
     def __init__(self, site: Site, dropout: float = 0.0) -> None:
         super().__init__()
         self.site = site
+        self.rewrite: str | None = None
         self.dropout = nn.Dropout(dropout) if dropout else None
         self.register_buffer("progress", torch.zeros(3, dtype=torch.int64))
         self.register_buffer("columns", site.column_index(), persistent=False)

@@ -1,0 +1,140 @@
+"""Install a generated forward by swapping the owner's class, and give the class back.
+
+The owner stays the same object, an instance of its own class, with its own hooks, parameters and keys. The
+new class is rebuilt from its recipe wherever the module goes: deepcopy, pickle, another process.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import functools
+import importlib
+import linecache
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, fx, nn
+
+from lora2fx.adapter import Adapter
+from lora2fx.errors import RewriteError
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What an adapted class is made of beside its base: plain strings, so that it can be pickled.
+
+    `source` is the generated forward (None: the base's own) and `imports` its globals as (name, module,
+    attribute). `merged` lists (parameter, adapters): reading the parameter gives W + ΔW.
+    """
+
+    source: str | None = None
+    imports: tuple[tuple[str, str, str], ...] = ()
+    merged: tuple[tuple[str, tuple[str, ...]], ...] = ()
+
+
+class Adapted:
+    """Marks a module whose class carries a generated forward or merged weights."""
+
+    recipe: ClassVar[Recipe]
+    original_class: ClassVar[type[nn.Module]]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        function, arguments, *state = super().__reduce_ex__(protocol)
+        if function is not copyreg.__newobj__:  # type: ignore[attr-defined]
+            raise RewriteError(
+                f"copying an adapted {type(self).__name__}: its class reduces itself in its own way, which can't be"
+                " rebuilt. Fold or unload the adapters first."
+            )
+        return (_rebuild, (self.original_class, self.recipe), *state)
+
+
+def _rebuild(original: type[nn.Module], recipe: Recipe) -> nn.Module:
+    cls = adapted_class(original, recipe)
+    return cls.__new__(cls)
+
+
+def graph_recipe(graph: fx.Graph | None, merged: tuple[tuple[str, tuple[str, ...]], ...]) -> Recipe:
+    """The recipe of a rewritten graph and of the parameters that are read merged."""
+    if graph is None:
+        return Recipe(merged=merged)
+    code = graph.python_code("self")
+    imports = tuple((name, *_import_path(value)) for name, value in sorted(code.globals.items()))
+    return Recipe(code.src.strip() + "\n", imports, merged)
+
+
+def _import_path(value: Any) -> tuple[str, str]:
+    """(module, dotted attribute) from which a graph's global can be imported again."""
+    if (name := getattr(value, "__name__", None)) and importlib.util.find_spec(name.partition(".")[0]) is not None:
+        with_spec = getattr(value, "__spec__", None)
+        if with_spec is not None:
+            return name, ""
+    module, attribute = getattr(value, "__module__", None), getattr(value, "__qualname__", None)
+    if module and attribute and "<" not in attribute and _resolve(module, attribute) is value:
+        return module, attribute
+    return _constant_path(value)
+
+
+def _constant_path(value: Any) -> tuple[str, str]:
+    """fx names a few values that are neither modules nor functions: inf, nan, NoneType, device."""
+    known = {"inf": ("math", "inf"), "nan": ("math", "nan"), "None": ("builtins", "None")}
+    if str(value) in known:
+        return known[str(value)]
+    if value is type(None):
+        return "types", "NoneType"
+    raise RewriteError(f"the generated forward needs {value!r}, which can't be imported by name")
+
+
+def _resolve(module: str, attribute: str) -> Any:
+    found: Any = importlib.import_module(module)
+    for part in filter(None, attribute.split(".")):
+        found = getattr(found, part, None)
+    return found
+
+
+def _compile_forward(name: str, recipe: Recipe) -> Any:
+    assert recipe.source is not None
+    names = {name: _resolve(module, attribute) for name, module, attribute in recipe.imports}
+    file = f"<lora2fx {name}.forward {abs(hash(recipe.source)):x}>"
+    linecache.cache[file] = (len(recipe.source), None, recipe.source.splitlines(keepends=True), file)
+    exec(compile(recipe.source, file, "exec"), names)
+    return names["forward"]
+
+
+def _merged_weight(parameter: str, children: tuple[str, ...]) -> property:
+    def merged(self: nn.Module) -> Tensor:
+        weight = self._parameters[parameter]
+        assert weight is not None
+        total: Tensor = weight
+        for child in children:
+            adapter = self._modules[child]
+            assert isinstance(adapter, Adapter)
+            total = total + adapter.weight_delta().type_as(weight)
+        return total
+
+    return property(merged, doc=f"{parameter} + ΔW")
+
+
+@functools.lru_cache(maxsize=None)
+def adapted_class(original: type[nn.Module], recipe: Recipe) -> type[nn.Module]:
+    """The subclass of `original` that the recipe describes; one class for all modules that share both."""
+    body: dict[str, Any] = {"recipe": recipe, "original_class": original}
+    body |= {"__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__}
+    body |= {parameter: _merged_weight(parameter, children) for parameter, children in recipe.merged}
+    if recipe.source is not None:
+        body["forward"] = _compile_forward(original.__qualname__, recipe)
+    return type(original.__name__, (Adapted, original), body)
+
+
+def install_owner(owner: nn.Module, recipe: Recipe, adapters: dict[str, Adapter]) -> None:
+    """Give the owner its adapters as children and the class of the recipe."""
+    for name, adapter in adapters.items():
+        owner.add_module(name, adapter)
+    owner.__class__ = adapted_class(type(owner), recipe)
+
+
+def restore_owners(root: nn.Module) -> None:
+    """Give every adapted module in `root` its class back and take its adapters away; parameters stay as they are."""
+    for owner in [module for module in root.modules() if isinstance(module, Adapted)]:
+        for name in [name for name, child in owner.named_children() if isinstance(child, Adapter)]:
+            delattr(owner, name)
+        owner.__class__ = owner.original_class
