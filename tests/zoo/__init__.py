@@ -1,0 +1,12 @@
+"""The zoo: tiny models of many architectures, each with the truth about what its weights do."""
+
+from tests.zoo.architecture import Architecture
+from tests.zoo.attention import ATTENTION
+from tests.zoo.decoders import DECODERS
+from tests.zoo.encoders import ENCODERS
+from tests.zoo.seq2seq import SEQ2SEQ
+from tests.zoo.vision import VISION
+
+ZOO: dict[str, Architecture] = ATTENTION | ENCODERS | DECODERS | SEQ2SEQ | VISION
+
+__all__ = ["ZOO", "Architecture"]
