@@ -29,12 +29,17 @@ class Method(Protocol):
 
 @dataclass
 class Record:
-    """What `transform` leaves on the model beside the adapters, for the passes that undo and report it."""
+    """What `transform` leaves on the model beside the adapters, for the passes that undo and report it.
+
+    `originals` are the values before training of everything in `modules_to_save`; `untied` the Parameters that
+    adapted weights were tied to, by weight.
+    """
 
     method: Method
     trainable_before: frozenset[str]
     modules_to_save: tuple[str, ...] = ()
     originals: dict[str, Tensor] = field(default_factory=dict)
+    untied: dict[str, nn.Parameter] = field(default_factory=dict)
     verify: dict[str, Any] = field(default_factory=dict)
     skipped: tuple[dict[str, Any], ...] = ()
 

@@ -40,7 +40,9 @@ def static_sites(model: nn.Module) -> tuple[tuple[Site, ...], dict[str, str]]:
                 continue
             layout = _layout(graph, parameter, value.dim()) if graph is not None else None
             if layout is None:
-                rest[name] = f"its use can't be read off its module alone ({reason or 'no plain matmul'}): example_inputs"
+                rest[name] = (
+                    f"its use can't be read off its module alone ({reason or 'no plain matmul'}): example_inputs"
+                )
                 continue
             role = "embedding" if layout.contracted == (0,) and isinstance(owner, nn.Embedding) else "unknown"
             sites.append(Site(name, path, parameter, tuple(value.shape), layout, role, "by its owner's graph alone"))

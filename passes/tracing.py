@@ -11,7 +11,8 @@ import dis
 import sys
 import sysconfig
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -120,13 +121,31 @@ def _attribute_spy(base: type[nn.Module], tracer: fx.Tracer, reasons: list[str])
     return type(base.__name__, (base,), {"__getattribute__": read})
 
 
+@contextmanager
+def _unchanged(owner: nn.Module) -> Iterator[None]:
+    """Whatever a forward writes on the owner while it is traced is a proxy: put everything back."""
+    state = vars(owner)
+    saved = {name: dict(value) if type(value) is dict else value for name, value in state.items()}
+    objects = dict(state)
+    try:
+        yield
+    finally:
+        for name, value in saved.items():
+            if type(value) is dict:
+                objects[name].clear()
+                objects[name].update(value)
+        state.clear()
+        state.update(objects)
+
+
 def _trace_once(owner: nn.Module) -> tuple[fx.Graph, list[str]]:
     tracer, watch, reasons = _GraphTracer(), _CodeWatch(), list[str]()
     base, profiler = type(owner), sys.getprofile()
     owner.__class__ = _attribute_spy(base, tracer, reasons)
     sys.setprofile(watch)
     try:
-        graph = tracer.trace(owner)
+        with _unchanged(owner):
+            graph = tracer.trace(owner)
     except Exception as error:
         raise UntraceableError(f"tracing stopped: {type(error).__name__}: {error}") from error
     finally:

@@ -1,0 +1,59 @@
+"""What a model's weights do: recorded from one real forward, or read off each owner's graph where none can run."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from lora2fx.errors import InputsError
+from lora2fx.inputs import ExampleInputs, Inputs, as_inputs, synthesise
+from lora2fx.passes.static import static_sites
+from lora2fx.record import record
+from lora2fx.roles import find_sites
+from lora2fx.site import Site
+from lora2fx.synthesis import is_pretrained
+
+
+@dataclass(frozen=True)
+class ModelAnalysis:
+    """Every site of a model, every other weight with the reason, and the inputs that showed it (None: none could)."""
+
+    sites: tuple[Site, ...]
+    rest: dict[str, str]
+    inputs: Inputs | None = None
+    outside_reads: frozenset[str] = frozenset()
+    ties: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+def tied_weights(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """For each parameter that two different modules hold, by each of its names, the other names."""
+    holders: dict[int, dict[tuple[int, str], str]] = defaultdict(dict)
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            holders[id(parameter)][id(module), name] = f"{path}.{name}".lstrip(".")
+    shared = [tuple(names.values()) for names in holders.values() if len(names) > 1]
+    return {name: tuple(other for other in names if other != name) for names in shared for name in names}
+
+
+def analyse(model: nn.Module, example_inputs: ExampleInputs | None, roles_needed: bool) -> ModelAnalysis:
+    """Record one forward and assign roles; without inputs for a plain module, the sites by name alone.
+
+    Raises `InputsError` where roles are needed and nothing says how to call the model.
+    """
+    if example_inputs is not None:
+        inputs = as_inputs(model, example_inputs)
+    elif is_pretrained(model) or roles_needed:
+        inputs = synthesise(model)
+    else:
+        sites, rest = static_sites(model)
+        return ModelAnalysis(sites, rest, ties=tied_weights(model))
+    recording = record(model, inputs)
+    found = find_sites(model, recording)
+    if not found.sites:
+        raise InputsError(
+            f"{type(model).__name__}'s forward ran on the example inputs, but no weight of two or more dimensions met"
+            " an activation in it. Pass example_inputs that take the path you train."
+        )
+    return ModelAnalysis(found.sites, dict(found.rest), inputs, recording.outside_reads, tied_weights(model))

@@ -1,0 +1,209 @@
+"""The compiler's front door: record → match → rewrite → verify, all or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from lora2fx.adapter import Adapter
+from lora2fx.analysis import ModelAnalysis, analyse
+from lora2fx.errors import AdapterError, RewriteError, VerifyError
+from lora2fx.heads import saved_modules
+from lora2fx.inputs import ExampleInputs
+from lora2fx.methods.lora2 import LoRA2
+from lora2fx.passes.install import Adapted, restore_owners
+from lora2fx.passes.match import match_sites
+from lora2fx.passes.rewrite import child_name, plan_rewrite, rewrite_owners
+from lora2fx.passes.verify import Verification, reference_outputs, verify_rewrites
+from lora2fx.program import RECORD, Method, Program, Record
+from lora2fx.reports import site_entry
+from lora2fx.site import Site
+from lora2fx.targets import Targets, needs_roles
+
+M = TypeVar("M", bound=nn.Module)
+TIED = "tie_word_embeddings"
+DEFAULT_TARGETS = ("query", "key", "value", "ffn")
+
+
+def refuse_adapted(model: nn.Module, asked: str) -> None:
+    """Raise `AdapterError` where the model already holds adapters."""
+    if any(isinstance(module, (Adapted, Adapter)) for module in model.modules()):
+        raise AdapterError(
+            f"{asked}: {type(model).__name__} already holds adapters. lora2fx.fold(model) merges them,"
+            " lora2fx.unload(model) takes them off; then it can be transformed again."
+        )
+
+
+@contextmanager
+def _all_or_nothing(model: nn.Module) -> Iterator[None]:
+    """On any error the model has its classes, parameters and flags back."""
+    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    config = getattr(model, "config", None)
+    tied = getattr(config, TIED, None)
+    owned = [(module, dict(module._parameters)) for module in model.modules()]
+    try:
+        yield
+    except BaseException:
+        restore_owners(model)
+        vars(model).pop(RECORD, None)
+        for module, parameters in owned:
+            module._parameters.update(parameters)
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
+        if tied is not None:
+            setattr(config, TIED, tied)
+        raise
+
+
+def _untie(model: nn.Module, site: Site, names: tuple[str, ...], untie: bool) -> nn.Parameter:
+    """Give the tied weight its own copy; the shared Parameter is returned, to be put back by `unload`."""
+    if not untie:
+        raise RewriteError(
+            f"{site.weight} is tied to {', '.join(names)}: folding would change both. Pass untie=True to give the"
+            " adapted one its own copy, or leave it out with exclude=."
+        )
+    owner = model.get_submodule(site.owner)
+    old = owner.get_parameter(site.parameter)
+    owner._parameters[site.parameter] = nn.Parameter(old.detach().clone(), requires_grad=old.requires_grad)
+    return old
+
+
+def make_adapter(model: nn.Module, site: Site, method: Method) -> Adapter:
+    """A fresh adapter on the weight's device, float32 or wider."""
+    weight = model.get_parameter(site.weight)
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    return method.adapter(site).to(device=weight.device, dtype=dtype)
+
+
+def _program(model: nn.Module, sites: Sequence[Site], record: Record, seed: int | None) -> Program:
+    devices = list(range(torch.cuda.device_count())) if seed is not None else []
+    with torch.random.fork_rng(devices, enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        adapters = {
+            f"{site.owner}.{child_name(site)}".lstrip("."): make_adapter(model, site, record.method) for site in sites
+        }
+    return Program(model, model, record, adapters)
+
+
+def install(program: Program, plans: Mapping[str, str]) -> None:
+    """Rewrite the owners, leave the record, freeze everything but adapters and the modules to save."""
+    rewrite_owners(program, plans)
+    setattr(program.root, RECORD, program.record)
+    trained = tuple(program.record.modules_to_save)
+    for name, parameter in program.root.named_parameters():
+        parameter.requires_grad_(any(name.startswith(path + ".") for path in (*program.adapters, *trained)))
+
+
+def _verified(program: Program, found: ModelAnalysis, plans: dict[str, str], reference: Any) -> Verification:
+    """Install and verify; a site that fails goes to its next rewrite until none is left."""
+    assert found.inputs is not None
+    while True:
+        install(program, plans)
+        verification = verify_rewrites(program, found.inputs, reference)
+        if verification.status == "passed":
+            return verification
+        if not verification.failed:
+            raise VerifyError(f"the rewritten model does not compute what it must: {verification.checks}")
+        restore_owners(program.root)
+        for name in verification.failed:
+            site = program.adapters[name].site
+            plans[name] = plan_rewrite(program.root, site, found.outside_reads, after=plans[name])
+
+
+def _originals(model: nn.Module, paths: Sequence[str]) -> dict[str, torch.Tensor]:
+    return {
+        f"{path}.{name}": value.detach().clone()
+        for path in paths
+        for name, value in model.get_submodule(path).state_dict(keep_vars=True).items()
+    }
+
+
+def _skipped(found: ModelAnalysis, sites: Sequence[Site], saved: Sequence[str]) -> tuple[dict[str, Any], ...]:
+    matched = {(site.weight, site.role) for site in sites}
+    entries = []
+    for site in found.sites:
+        if (site.weight, site.role) in matched:
+            continue
+        whole = any(site.weight.startswith(path + ".") for path in saved)
+        tied = ", ".join(found.ties.get(site.weight, ()))
+        reason = "trained whole (modules_to_save)" if whole else "not targeted" + (f"; tied to {tied}" if tied else "")
+        entries.append(describe_site(site, reason=reason))
+    return (*entries, *(site_entry(weight, reason=reason) for weight, reason in found.rest.items()))
+
+
+def describe_site(site: Site, rewrite: str | None = None, reason: str | None = None) -> dict[str, Any]:
+    """A report's entry of a site that has no adapter."""
+    columns = None if site.columns is None else [list(span) for span in site.columns]
+    return site_entry(
+        site.weight,
+        role=site.role,
+        slice=columns,
+        evidence=site.evidence,
+        rewrite=rewrite,
+        reason=reason,
+        shape=list(site.shape),
+    )
+
+
+def _unverified(asked: bool) -> dict[str, Any]:
+    reason = "no example_inputs to run the model on" if asked else "verify=False"
+    return {"status": "UNVERIFIED", "max_error": None, "checks": [], "reason": reason}
+
+
+def transform(
+    model: M,
+    targets: Targets = DEFAULT_TARGETS,
+    method: Method | None = None,
+    *,
+    example_inputs: ExampleInputs | None = None,
+    exclude: Targets = (),
+    modules_to_save: Sequence[str] = (),
+    untie: bool = False,
+    verify: bool = True,
+    seed: int | None = None,
+) -> M:
+    """Give every weight that `targets` means a trainable low-rank update; in place, and returns the same model.
+
+    Everything but the adapters and `modules_to_save` is frozen (a classification head of a transformers model is
+    saved and trained by default). Without `example_inputs` a transformers model is called with inputs made from
+    its config; any other module can then be targeted by name only. `seed` draws the factors without touching
+    torch's global generator. Adapters are float32, or float64 on a float64 weight.
+
+    Raises `TargetError` (a target matches nothing), `InputsError` (the model must be run and nothing says how),
+    `RewriteError` (a matched weight is tied, parametrized, ...), `VerifyError` (a rewrite does not compute W + ΔW),
+    `AdapterError` (adapted already). On any error the model is as it was.
+    """
+    refuse_adapted(model, "transform")
+    method = LoRA2() if method is None else method
+    found = analyse(model, example_inputs, needs_roles(targets) or needs_roles(exclude))
+    saved = saved_modules(model, modules_to_save)
+    free = tuple(site for site in found.sites if not any(site.weight.startswith(path + ".") for path in saved))
+    sites = match_sites(free, targets, exclude)
+    trainable = frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    check = verify and found.inputs is not None
+    with _all_or_nothing(model):
+        reference = reference_outputs(model, found.inputs) if check and found.inputs is not None else None
+        untied = {
+            site.weight: _untie(model, site, found.ties[site.weight], untie)
+            for site in sites
+            if site.weight in found.ties
+        }
+        if untied and getattr(model, "config", None) is not None:
+            setattr(model.config, TIED, False)
+        skipped = _skipped(found, sites, saved)
+        record = Record(method, trainable, saved, _originals(model, saved), untied, skipped=skipped)
+        program = _program(model, sites, record, seed)
+        plans = {
+            name: plan_rewrite(model, adapter.site, found.outside_reads) for name, adapter in program.adapters.items()
+        }
+        if check:
+            record.verify = _verified(program, found, plans, reference).to_dict()
+        else:
+            install(program, plans)
+            record.verify = _unverified(verify)
+    return model

@@ -1,0 +1,60 @@
+"""Look without touching: what a model's weights do and how they would be rewritten; what its adapters have become."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from lora2fx.analysis import ModelAnalysis, analyse
+from lora2fx.compiler import describe_site, refuse_adapted
+from lora2fx.errors import RewriteError
+from lora2fx.inputs import ExampleInputs
+from lora2fx.passes.entries import adapter_entry, totals
+from lora2fx.passes.rewrite import plan_rewrite
+from lora2fx.program import program_of
+from lora2fx.reports import Report, site_entry
+from lora2fx.site import Site
+
+
+def _inspected(model: nn.Module, found: ModelAnalysis, site: Site) -> dict[str, Any]:
+    try:
+        rewrite, reason = plan_rewrite(model, site, found.outside_reads), None
+    except RewriteError as error:
+        rewrite, reason = None, str(error)
+    if tied := found.ties.get(site.weight):
+        reason = f"tied to {', '.join(tied)}: needs untie=True"
+    return describe_site(site, rewrite, reason)
+
+
+def inspect_model(model: nn.Module, example_inputs: ExampleInputs | None = None) -> Report:
+    """Every weight of the model with its role, the evidence, and the rewrite it would get, or why it would get none.
+
+    Runs one forward on `example_inputs` (a dict of keyword arguments or a tuple of positional ones); a transformers
+    model is run on inputs made from its config. The model is left as it was.
+    Raises `InputsError` for another module without `example_inputs`, `AdapterError` for one that is adapted.
+    """
+    refuse_adapted(model, "inspect")
+    found = analyse(model, example_inputs, roles_needed=True)
+    entries = [_inspected(model, found, site) for site in found.sites]
+    entries += [site_entry(weight, reason=reason) for weight, reason in found.rest.items()]
+    base = sum(parameter.numel() for parameter in model.parameters())
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    counts = {"adapter_parameters": 0, "trainable": trainable, "base_parameters": base, "active": 0, "budget": None}
+    return Report(f"inspect {type(model).__name__}", tuple(entries), counts)
+
+
+def report_model(model: nn.Module) -> Report:
+    """The adapted model's sites with ranks, λ, importance and parameters, and every other weight with its reason.
+
+    Raises `AdapterError` where the model holds no adapters.
+    """
+    program = program_of(model, "report")
+    entries = [adapter_entry(name, adapter) for name, adapter in program.adapters.items()]
+    return Report(
+        f"report {type(program.root).__name__} · {program.method}",
+        (*entries, *program.record.skipped),
+        totals(program),
+        program.record.verify,
+        {"modules_to_save": list(program.record.modules_to_save)},
+    )
