@@ -132,9 +132,15 @@ def install_owner(owner: nn.Module, recipe: Recipe, adapters: dict[str, Adapter]
     owner.__class__ = adapted_class(type(owner), recipe)
 
 
+def restore_owner(owner: nn.Module) -> None:
+    """Give one adapted module its class back and take its adapters away; parameters stay as they are."""
+    assert isinstance(owner, Adapted)
+    for name in [name for name, child in owner.named_children() if isinstance(child, Adapter)]:
+        delattr(owner, name)
+    owner.__class__ = owner.original_class
+
+
 def restore_owners(root: nn.Module) -> None:
     """Give every adapted module in `root` its class back and take its adapters away; parameters stay as they are."""
     for owner in [module for module in root.modules() if isinstance(module, Adapted)]:
-        for name in [name for name, child in owner.named_children() if isinstance(child, Adapter)]:
-            delattr(owner, name)
-        owner.__class__ = owner.original_class
+        restore_owner(owner)
