@@ -4,7 +4,7 @@ PYTHON  ?=
 WORKERS ?= 2
 ARGS    ?=
 BIN     := $(VENV)/bin
-PIP     := $(BIN)/python -m pip install --quiet -c constraints.txt
+PIP     := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: help demo test check format lint types imports setup clean
 

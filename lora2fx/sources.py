@@ -75,7 +75,7 @@ def load_folder(folder: Path, class_name: str | None = None) -> Source:
 
 
 def call_factory(name: str) -> Source:
-    """What `package.module:factory` returns: a model, or (model, example_inputs). Also finds it in the current folder."""
+    """What `package.module:factory` returns: a model, or (model, example_inputs); looks in the current folder too."""
     module_name, _, attribute = name.partition(":")
     sys.path.insert(0, "")
     try:

@@ -68,3 +68,10 @@ def adapt(base: VisionTransformer, examples: Examples, recipe: Recipe, steps: in
         lora2fx.attach(model, optimizer, total_steps=steps)
     fit(model, optimizer, examples, steps, seed, f"{recipe.name}: digits 5–9")
     return model
+
+
+RECIPES = (
+    Recipe("head only", None, head_rate=0.3),
+    Recipe("LoRA", lora2fx.LoRA(r=1, lora_alpha=1), head_rate=0.03, adapter_rate=0.02),
+    Recipe("LoRA²", lora2fx.LoRA2(r=8, k=4, target_k=1, lora_alpha=8), head_rate=0.03, adapter_rate=0.02),
+)
