@@ -23,13 +23,15 @@ class Axis:
     `mask` multiplies the forward; `keep` is the last allocation (both bool, one element an entry).
     `scored` names the parameters whose importance is an entry's importance, each with the dimension that
     runs along the axis. A mask event zeroes `value` in place, so that an entry may grow back before
-    the final phase; where it is None, the event writes `mask` at once.
+    the final phase; where it is None, the event writes `mask` at once and what is pruned stays pruned.
+    `along` names every parameter that has the axis, each with its dimension: what compaction slices.
     """
 
     mask: Tensor
     keep: Tensor
     scored: tuple[tuple[str, int], ...]
     value: Tensor | None = None
+    along: tuple[tuple[str, int], ...] = ()
 
 
 class Adapter(nn.Module):
@@ -100,8 +102,8 @@ class Adapter(nn.Module):
         return self.site.from_matrix(delta)
 
     def exact(self) -> Self:
-        """A detached float64 copy on the same device: what folding and exporting compute with."""
-        return copy.deepcopy(self).double().requires_grad_(False)
+        """A detached float64 copy in eval mode on the same device: what folding and exporting compute with."""
+        return copy.deepcopy(self).double().requires_grad_(False).eval()
 
     @torch.no_grad()
     def singular_values(self) -> Tensor:

@@ -23,6 +23,10 @@ class VerifyError(Lora2fxError):
     """A rewritten model that doesn't compute what it must."""
 
 
+class MethodError(Lora2fxError, ValueError):
+    """Hyperparameters that can't work, or that don't fit a site."""
+
+
 class AdapterError(Lora2fxError):
     """Adapters that are missing, present twice, or hold values that can't be used."""
 

@@ -1,14 +1,44 @@
-"""The slots that a method may fill beside its factorisation: penalty and budgets (score and schedule)."""
+"""The slots that a method may fill beside its factorisation: penalty and allocators (score and schedule)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
 
+import torch
 from torch import Tensor
 
 from lora2fx.adapter import Adapter
+
+Sensitivity = Literal["total", "task"]
+SENSITIVITIES = ("total", "task")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One real optimiser step: its index t, the run's length T, and the final gradients.
+
+    Final means accumulated, reduced, unscaled and clipped. `snapshot` holds, by the parameter's id, the gradients
+    that are not what `.grad` holds; `groups` are the optimizer's parameter groups.
+    """
+
+    index: int
+    total: int
+    snapshot: Mapping[int, Tensor] = field(default_factory=dict)
+    groups: Sequence[Mapping[str, Any]] = ()
+
+    def gradient(self, parameter: Tensor) -> Tensor:
+        """The gradient that scores read, like the parameter; a missing one is zero."""
+        gradient = self.snapshot.get(id(parameter), parameter.grad)
+        return torch.zeros_like(parameter) if gradient is None else gradient.detach()
+
+    def learning_rate(self, parameter: Tensor) -> float:
+        """The learning rate of the parameter's group in this step."""
+        for group in self.groups:
+            if any(member is parameter for member in group["params"]):
+                return float(group["lr"])
+        raise KeyError("the parameter is in none of the optimizer's groups")
 
 
 class Penalty(Protocol):
@@ -24,16 +54,26 @@ class Allocator(Protocol):
     def check(self, adapters: Sequence[Adapter], total_steps: int) -> None:
         """Raise `ScheduleError` where the schedule doesn't fit the run."""
 
-    def before_step(self, adapters: Sequence[Adapter], step: int, total_steps: int) -> None:
-        """Gradients are final (accumulated, reduced, unscaled, clipped); parameters are still the old ones."""
+    def before_step(self, adapters: Sequence[Adapter], step: Step) -> None:
+        """Gradients are final; parameters are still the old ones."""
 
-    def after_step(self, adapters: Sequence[Adapter], step: int, total_steps: int) -> None:
+    def after_step(self, adapters: Sequence[Adapter], step: Step) -> None:
         """Parameters are stepped; gradients are still there."""
+
+    def budgets(self, adapters: Sequence[Adapter], step: int, total_steps: int) -> dict[str, int]:
+        """How many entries each axis that this allocator shortens may keep at a step."""
+
+    def finished(self, step: int, total_steps: int) -> bool:
+        """Whether nothing is left to allocate once `step` steps are done."""
 
 
 @dataclass(frozen=True)
 class Training:
-    """What drives a method's adapters from step to step; empty for a method that only trains."""
+    """What drives a method's adapters from step to step; empty for a method that only trains.
+
+    `sensitivity` says which gradient scores read: the task's alone, or the total with the penalty's.
+    """
 
     penalty: Penalty | None = None
     allocators: tuple[Allocator, ...] = ()
+    sensitivity: Sensitivity = "total"

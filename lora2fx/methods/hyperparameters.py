@@ -1,0 +1,77 @@
+"""Checks of a method's hyperparameters, and the rank that a pattern gives a site."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+
+from lora2fx.errors import MethodError
+from lora2fx.site import Site
+
+
+def check_count(name: str, value: int | None, least: int = 1, optional: bool = False) -> None:
+    """Raise `MethodError` unless `value` is a whole number of at least `least`, or None where that is `optional`."""
+    if value is None and optional:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        also = " or None" if optional else ""
+        raise MethodError(f"{name}={value!r}: pass a whole number of at least {least}{also}.")
+
+
+def check_number(name: str, value: float, low: float, high: float = float("inf"), closed: bool = True) -> None:
+    """Raise `MethodError` unless low ≤ value < high (low < value < high where not `closed`); NaN never passes."""
+    inside = not isinstance(value, bool) and isinstance(value, (int, float)) and low <= value < high
+    if not inside or (not closed and value == low):
+        bounds = f"at least {low:g}" if closed else f"above {low:g}"
+        raise MethodError(f"{name}={value!r}: pass a number {bounds} and below {high:g}.")
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """Raise `MethodError` unless `value` is one of the choices."""
+    if value not in choices:
+        raise MethodError(f"{name}={value!r}: pass one of {', '.join(map(repr, choices))}.")
+
+
+def check_factorisation(r: int, lora_alpha: float, lora_dropout: float, rank_pattern: Mapping[str, int]) -> None:
+    """Raise `MethodError` unless ranks are positive, the scale too, and the dropout a probability below 1."""
+    check_count("r", r)
+    check_number("lora_alpha", lora_alpha, 0, closed=False)
+    check_number("lora_dropout", lora_dropout, 0, 1)
+    for name, rank in rank_pattern.items():
+        check_count(f"rank_pattern[{name!r}]", rank)
+
+
+def check_schedule(tinit: int | None, tfinal: int | None, deltaT: int | None, beta1: float, beta2: float) -> None:
+    """Raise `MethodError` unless the schedule's steps are counts and the averages' factors in [0, 1)."""
+    check_count("tinit", tinit, least=0, optional=True)
+    check_count("tfinal", tfinal, optional=True)
+    check_count("deltaT", deltaT, optional=True)
+    check_number("beta1", beta1, 0, 1)
+    check_number("beta2", beta2, 0, 1)
+
+
+def check_target(name: str, target: float | None, axis: str, most: int) -> None:
+    """Raise `MethodError` where a budget would have to rise."""
+    if target is None:
+        return
+    check_number(name, target, 0)
+    if target > most:
+        raise MethodError(f"{name}={target:g} is more than {axis}={most}, but a budget only falls. Raise {axis}.")
+
+
+def names_site(pattern: str, site: Site) -> bool:
+    """Whether a pattern means the site: its module or weight by full name, dotted suffix or glob, or its role."""
+    names = (site.weight, site.owner)
+    suffix = any(name == pattern or name.endswith("." + pattern) for name in names)
+    return suffix or any(fnmatchcase(name, pattern) for name in names) or pattern == f"role:{site.role}"
+
+
+def rank_of(site: Site, rank: int, pattern: Mapping[str, int]) -> int:
+    """The site's rank: the pattern's where one of its names means the site, else `rank`.
+
+    Raises `MethodError` where two names mean the site and differ.
+    """
+    found = {name: value for name, value in pattern.items() if names_site(name, site)}
+    if len(set(found.values())) > 1:
+        raise MethodError(f"rank_pattern gives {site.weight} several ranks ({found}). Make the names more specific.")
+    return next(iter(found.values()), rank)

@@ -1,0 +1,154 @@
+"""LoRA2 (arXiv 2408.06854): two planes of low rank, regularised, whose singular values or columns are pruned."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Self
+from warnings import warn
+
+from torch import Tensor
+
+from lora2fx.adapter import Adapter
+from lora2fx.errors import Lora2fxWarning, MethodError
+from lora2fx.methods.hyperparameters import (
+    check_choice,
+    check_count,
+    check_factorisation,
+    check_number,
+    check_schedule,
+    check_target,
+    rank_of,
+)
+from lora2fx.methods.lora2_factors import INITS, ZERO_OUT, Init, LoRA2Adapter
+from lora2fx.methods.lora2_penalty import PLANES, lora2_penalty
+from lora2fx.site import Site
+from lora2fx.training.allocator import TIMINGS, BudgetAllocator, Score, ScoreTiming
+from lora2fx.training.importance import axis_importance, axis_total
+from lora2fx.training.penalty import FORMS, Form
+from lora2fx.training.schedule import CubicSchedule
+from lora2fx.training.slots import SENSITIVITIES, Sensitivity, Training
+
+INNER = ("v", "lam", "U")
+OUTER = ("u", "V")
+
+
+def outer_importance(adapters: Sequence[Adapter], axis: str) -> list[Tensor]:
+    """Eq. (8): eq. (9) plus (Σ s(u) + Σ s(V)) / K, one constant a matrix; under a global budget large ones win."""
+    inner = axis_importance(adapters, axis)
+    outer = axis_total(adapters, "columns")
+    return [a + b.sum() / b.numel() for a, b in zip(inner, outer, strict=True)]
+
+
+@dataclass(frozen=True)
+class LoRA2:
+    """LoRA2 with `r` singular values between two planes of `k` columns, scale lora_alpha / (r + scale_eps).
+
+    `target_r` prunes to that many singular values a site on average, over all sites together; a pruned one may
+    grow back until the final phase. `target_k` prunes columns in the same way, for good: they are what costs
+    parameters, k·(in + out). None prunes nothing. `tinit`, `tfinal`, `deltaT`: see `CubicSchedule`.
+
+    `init`: `identity` (default; orthonormal u and v, U = vᵀ, λ = 1, V = 0: the core starts as the identity),
+    `zero_out` (the same with an independent U), `orthonormal` (λ = 0) and the published `gaussian`
+    (N(0, 0.02²), λ = 0). ΔW = 0 in all of them; where V = 0, V is not regularised.
+
+    `orth_reg_weight` weighs the six orthogonality terms of eq. (5); `orth_form` is the code's `mean` of norms or
+    the paper's `squared_sum`; `orth_planes` chooses among R(u, v), R(U, V) and R(P, Q). `sensitivity` scores the
+    total gradient, as published, or the task's. `scorer="eq8"` is there for comparison only.
+
+    Raises `MethodError` for hyperparameters that can't work.
+    """
+
+    r: int = 8
+    k: int = 8
+    lora_alpha: float = 16
+    lora_dropout: float = 0.0
+    init: Init = "identity"
+    target_r: float | None = None
+    target_k: float | None = None
+    tinit: int | None = None
+    tfinal: int | None = None
+    deltaT: int | None = None
+    beta1: float = 0.85
+    beta2: float = 0.85
+    orth_reg_weight: float = 0.1
+    orth_form: Form = "mean"
+    orth_planes: tuple[str, ...] = PLANES
+    scale_eps: float = 0.0
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    score_timing: ScoreTiming = "post_step"
+    sensitivity: Sensitivity = "total"
+    scorer: Literal["eq9", "eq8"] = "eq9"
+    force_final_mask: bool = True
+
+    def __post_init__(self) -> None:
+        check_factorisation(self.r, self.lora_alpha, self.lora_dropout, self.rank_pattern)
+        check_count("k", self.k)
+        check_number("scale_eps", self.scale_eps, 0)
+        check_number("orth_reg_weight", self.orth_reg_weight, 0)
+        check_schedule(self.tinit, self.tfinal, self.deltaT, self.beta1, self.beta2)
+        check_target("target_r", self.target_r, "r", max(self.r, *self.rank_pattern.values(), 0))
+        check_target("target_k", self.target_k, "k", self.k)
+        check_choice("init", self.init, INITS)
+        check_choice("orth_form", self.orth_form, FORMS)
+        check_choice("score_timing", self.score_timing, TIMINGS)
+        check_choice("sensitivity", self.sensitivity, SENSITIVITIES)
+        check_choice("scorer", self.scorer, ("eq9", "eq8"))
+        for plane in self.orth_planes:
+            check_choice("orth_planes", plane, PLANES)
+        self._check_together()
+
+    def _check_together(self) -> None:
+        least = min(self.r, *self.rank_pattern.values(), self.r)
+        if self.init == "identity" and least < self.k:
+            raise MethodError(
+                f"init='identity' starts the k x k core v·diag(λ)·U as the identity, which needs r ≥ k; got r={least},"
+                f" k={self.k}. Lower k, raise r, or use init='zero_out'."
+            )
+        if self.scorer == "eq8" and self.target_k is not None:
+            raise MethodError("scorer='eq8' and target_k both score the outer factors. Use scorer='eq9' with target_k.")
+        if self.init == "gaussian" and self.orth_reg_weight == 0:
+            warn(
+                "LoRA2 with init='gaussian' and orth_reg_weight=0: nothing brings the factors to unit scale, and λ"
+                " hardly gets a gradient. Use another init, or a weight of 0.1 to 0.3.",
+                Lora2fxWarning,
+                stacklevel=4,
+            )
+
+    @classmethod
+    def paper(cls, **overrides: Any) -> Self:
+        """The published settings: gaussian factors, a scale of alpha / (r + 1e-5), no forced mask; `overrides` win.
+
+        The code fixes k = 8; the scripts train r = 8 (CoLA, RTE, STS-B: 4), alpha 16 or 32, to target_r 1 to 3.
+        """
+        return replace(cls(init="gaussian", scale_eps=1e-5, force_final_mask=False), **overrides)
+
+    def adapter(self, site: Site) -> LoRA2Adapter:
+        """A fresh adapter, ΔW = 0, with averages for what its budgets score."""
+        r = rank_of(site, self.r, self.rank_pattern)
+        scale = self.lora_alpha / (r + self.scale_eps)
+        adapter = LoRA2Adapter(site, r, self.k, scale, self.init, self.lora_dropout)
+        adapter.track(*(name for budget in self._budgets() for name in budget.tracked))
+        return adapter
+
+    def training(self) -> Training:
+        """The orthogonality penalty and the budgets that were asked for."""
+        factors = ("u", "v", "U") if self.init in ZERO_OUT else ("u", "v", "U", "V")
+        penalty = lora2_penalty(self.orth_reg_weight, factors, self.orth_planes, self.orth_form)
+        return Training(
+            penalty if self.orth_reg_weight and self.orth_planes else None, self._budgets(), self.sensitivity
+        )
+
+    def _budgets(self) -> tuple[BudgetAllocator, ...]:
+        budgets = []
+        if self.target_r is not None:
+            published = self.scorer == "eq9"
+            tracked, score = (INNER, axis_importance) if published else ((*INNER, *OUTER), outer_importance)
+            budgets.append(self._budget("lambda", self.target_r, tracked, score))
+        if self.target_k is not None:
+            budgets.append(self._budget("columns", self.target_k, OUTER, axis_importance))
+        return tuple(budgets)
+
+    def _budget(self, axis: str, target: float, tracked: tuple[str, ...], score: Score) -> BudgetAllocator:
+        schedule = CubicSchedule(self.tinit, self.tfinal, self.deltaT, self.force_final_mask)
+        return BudgetAllocator(axis, target, schedule, tracked, score, self.beta1, self.beta2, self.score_timing)

@@ -1,0 +1,117 @@
+"""A budget over one axis of all adapters: score every entry, keep exactly as many as the schedule allows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lora2fx.adapter import Adapter, Axis
+from lora2fx.errors import ScheduleError
+from lora2fx.training.importance import axis_importance, update_averages
+from lora2fx.training.schedule import CubicSchedule
+from lora2fx.training.sharding import like
+from lora2fx.training.slots import Step
+
+Score = Callable[[Sequence[Adapter], str], list[Tensor]]
+ScoreTiming = Literal["post_step", "pre_step"]
+TIMINGS = ("post_step", "pre_step")
+
+
+def keep_highest(scores: Sequence[Tensor], budget: int) -> list[Tensor]:
+    """A bool mask for each score tensor; together they keep exactly `budget` entries, the highest.
+
+    Of equal scores the later one is kept (a stable sort, tensors in order). A budget above the number of entries
+    keeps all of them, one below 0 none.
+    """
+    device = scores[0].device
+    flat = torch.cat([score.to(device, scores[0].dtype) for score in scores])
+    dropped = flat.argsort(stable=True)[: max(0, flat.numel() - max(0, budget))]
+    keep = torch.ones_like(flat, dtype=torch.bool).index_fill_(0, dropped, False)
+    parts = torch.split(keep, [score.numel() for score in scores])
+    return [part.to(score.device) for part, score in zip(parts, scores, strict=True)]
+
+
+@torch.no_grad()
+def write_allocation(axis: Axis, keep: Tensor, final: bool) -> None:
+    """Record the allocation, and make it take effect.
+
+    Where the axis has a value, the pruned entries of that value become 0 and may grow back; only the `final`
+    allocation goes into the mask. Where it has none, every allocation does.
+    """
+    axis.keep.copy_(keep)
+    if axis.value is not None:
+        axis.value.mul_(like(keep.to(axis.value.dtype), axis.value))
+    if final or axis.value is None:
+        axis.mask.copy_(keep)
+
+
+@dataclass(frozen=True)
+class BudgetAllocator:
+    """Keep `target` entries of the axis in an adapter on average, over all adapters together.
+
+    `tracked` are the parameters whose moving averages `score` reads. Scores move until the final phase, after the
+    optimiser's step with that step's gradient (`post_step`, the published order) or before it (`pre_step`).
+    """
+
+    axis: str
+    target: float
+    schedule: CubicSchedule
+    tracked: tuple[str, ...]
+    score: Score = axis_importance
+    beta1: float = 0.85
+    beta2: float = 0.85
+    score_timing: ScoreTiming = "post_step"
+
+    def check(self, adapters: Sequence[Adapter], total_steps: int) -> None:
+        """Raise `ScheduleError` where the run is too short or the target above what there is."""
+        self.schedule.phases(total_steps)
+        start, target = self._ends(adapters)
+        if target > start:
+            raise ScheduleError(
+                f"the budget of axis {self.axis!r} is {self.target:g} entries in each of {len(adapters)} adapters,"
+                f" {target} in all, but they hold only {start}. Lower the target or start from more entries."
+            )
+
+    def before_step(self, adapters: Sequence[Adapter], step: Step) -> None:
+        """Move the scores, where they are taken before the step."""
+        if self.score_timing == "pre_step":
+            self._score(adapters, step)
+
+    def after_step(self, adapters: Sequence[Adapter], step: Step) -> None:
+        """Move the scores, where they are taken after the step, then write a mask if one is due."""
+        if self.score_timing == "post_step":
+            self._score(adapters, step)
+        phases = self.schedule.phases(step.total)
+        if phases.is_event(step.index):
+            self._allocate(adapters, phases.budget(step.index, *self._ends(adapters)), phases.is_final(step.index))
+
+    def budgets(self, adapters: Sequence[Adapter], step: int, total_steps: int) -> dict[str, int]:
+        """The axis' budget at a step."""
+        return {self.axis: self.schedule.phases(total_steps).budget(step, *self._ends(adapters))}
+
+    def finished(self, step: int, total_steps: int) -> bool:
+        """Whether the last allocation was written."""
+        phases = self.schedule.phases(total_steps)
+        return any(phases.is_event(t) for t in range(phases.final, min(step, phases.final + 2)))
+
+    def _ends(self, adapters: Sequence[Adapter]) -> tuple[int, int]:
+        start = sum(adapter.axes()[self.axis].mask.numel() for adapter in adapters)
+        return start, round(self.target * len(adapters))
+
+    def _score(self, adapters: Sequence[Adapter], step: Step) -> None:
+        if self.schedule.phases(step.total).is_scored(step.index):
+            update_averages(adapters, self.tracked, step, self.beta1, self.beta2)
+
+    def _allocate(self, adapters: Sequence[Adapter], budget: int, final: bool) -> None:
+        axes = [adapter.axes()[self.axis] for adapter in adapters]
+        scores = [
+            # What the forward masks can't earn importance any more: it must not take a living entry's place.
+            score.masked_fill(~axis.mask, -torch.inf)
+            for score, axis in zip(self.score(adapters, self.axis), axes, strict=True)
+        ]
+        for axis, keep in zip(axes, keep_highest(scores, budget), strict=True):
+            write_allocation(axis, keep, final)

@@ -1,0 +1,198 @@
+"""Drive a method's penalty, scores and masks from the optimizer's step hooks: once per real step, nothing forgotten."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary, ref
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lora2fx.adapter import Adapter
+from lora2fx.errors import AdapterError
+from lora2fx.training.acceptance import check_length, refuse_uncovered, stepping_optimizer
+from lora2fx.training.gradients import add_gradients, copy_gradients, loss_scale, read_step
+from lora2fx.training.progress import (
+    Adapters,
+    Progress,
+    adapter_list,
+    check_total,
+    count,
+    read_progress,
+    schedule_status,
+    set_total,
+)
+from lora2fx.training.slots import Step, Training
+from lora2fx.training.state import load_buffers, save_buffers
+
+__all__ = ["Attachment", "schedule_status"]
+
+_ATTACHED: WeakKeyDictionary[Adapter, ref[Attachment]] = WeakKeyDictionary()
+
+
+def _refuse_attached(adapters: tuple[Adapter, ...]) -> None:
+    for adapter in adapters:
+        found = _ATTACHED.get(adapter)
+        if found is not None and found() is not None:
+            raise AdapterError(
+                f"the adapter of {adapter.site.weight} is attached already; a second attachment would prune twice a"
+                " step. Call .detach() on the first."
+            )
+
+
+class Attachment:
+    """Adapters attached to an optimizer: every real step of it, and nothing else, drives `training`.
+
+    Before the step the penalty's gradient is added to the task's (after clipping, and not in the loss that is
+    logged), after it masks are written. A step with a non-finite gradient changes nothing and is counted in
+    `skipped`. All state is in the adapters' buffers (`progress`, masks, averages), so that a checkpoint of the
+    model resumes by attaching again with the same `total_steps`.
+
+    Raises `AdapterError` (attached already, parameters the optimizer doesn't hold) and `ScheduleError` (a schedule
+    that doesn't fit, another run's length, LBFGS); then nothing is attached.
+    """
+
+    def __init__(self, adapters: Adapters, training: Training, optimizer: Optimizer, total_steps: int) -> None:
+        self.adapters = adapter_list(adapters)
+        self.training = training
+        self.total_steps = total_steps
+        if not self.adapters:
+            raise AdapterError("there are no adapters to attach: call lora2fx.transform(model, ...) first.")
+        self.optimizer = stepping_optimizer(optimizer)
+        check_length(total_steps)
+        _refuse_attached(self.adapters)
+        refuse_uncovered(self.adapters, self.optimizer)
+        check_total(read_progress(self.adapters), total_steps)
+        for allocator in training.allocators:
+            allocator.check(self.adapters, total_steps)
+        self._current: Step | None = None
+        self._withheld: list[tuple[Tensor, Tensor | None]] = []
+        self._penalty: Tensor | None = None
+        self._attach()
+
+    def _attach(self) -> None:
+        set_total(self.adapters, self.total_steps)
+        for adapter in self.adapters:
+            _ATTACHED[adapter] = ref(self)
+        self._handles = (
+            self.optimizer.register_step_pre_hook(self._before),
+            self.optimizer.register_step_post_hook(self._after),
+        )
+
+    def detach(self) -> None:
+        """Stop driving; the adapters keep their masks, averages and progress."""
+        for handle in self._handles:
+            handle.remove()
+        for adapter in self.adapters:
+            _ATTACHED.pop(adapter, None)
+
+    @property
+    def step(self) -> int:
+        """Optimiser steps done, skipped ones not counted."""
+        return read_progress(self.adapters).done
+
+    @property
+    def skipped(self) -> int:
+        """Steps that a non-finite gradient turned into nothing."""
+        return read_progress(self.adapters).skipped
+
+    @property
+    def penalty(self) -> float | None:
+        """The penalty that the last step descended; None without a penalty or before a step."""
+        return None if self._penalty is None else float(self._penalty)
+
+    @property
+    def budgets(self) -> dict[str, int]:
+        """Entries that each shortened axis may keep, over all adapters, as of the last step done."""
+        last = max(0, self.step - 1)
+        found = [allocator.budgets(self.adapters, last, self.total_steps) for allocator in self.training.allocators]
+        return {axis: budget for budgets in found for axis, budget in budgets.items()}
+
+    @property
+    def budget(self) -> int | None:
+        """The budget of the first shortened axis; None where nothing is pruned."""
+        return next(iter(self.budgets.values()), None)
+
+    @property
+    def active(self) -> int:
+        """Entries that the last allocation kept on the first shortened axis (the ranks where none is)."""
+        name = next(iter(self.budgets), None) or next(iter(self.adapters[0].axes()))
+        axes = [adapter.axes()[name] for adapter in self.adapters]
+        return sum(int((axis.mask & axis.keep).sum()) for axis in axes)
+
+    def skip(self, steps: int = 1) -> None:
+        """Count steps that never came to the optimizer: a `GradScaler` doesn't call an unfused one on overflow."""
+        count(self.adapters, skipped=steps)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs beside the parameters, where the model's own buffers are not saved."""
+        return {"total_steps": self.total_steps, "adapters": save_buffers(self.adapters)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up a `state_dict`; on another run's or model's `ScheduleError` or `AdapterError`, nothing changed."""
+        check_total(Progress(0, state["total_steps"], 0), self.total_steps)
+        load_buffers(self.adapters, state["adapters"])
+
+    def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Prepare the step; where a closure computes the gradients, right after it has."""
+        if len(args) > 1 and args[1] is not None:
+            return (args[0], self._closure(args[1]), *args[2:]), kwargs
+        if kwargs.get("closure") is not None:
+            return args, kwargs | {"closure": self._closure(kwargs["closure"])}
+        self._prepare()
+        return None
+
+    def _closure(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        def evaluate() -> Any:
+            loss = closure()
+            self._prepare()
+            return loss
+
+        return evaluate
+
+    def _prepare(self) -> None:
+        groups = self.optimizer.param_groups
+        parameters = [p for group in groups for p in group["params"] if p.grad is not None]
+        # Progress is read anew every step: a checkpoint may have been loaded since the last.
+        bad, progress = read_step(parameters, self.optimizer, self.adapters[0].progress)
+        check_total(Progress(*progress), self.total_steps)
+        if bad:
+            self._withhold(parameters)
+            return
+        trained = [p for adapter in self.adapters for p in adapter.parameters() if p.requires_grad]
+        task = copy_gradients(trained, self.optimizer) if self.training.sensitivity == "task" else None
+        self._penalise(trained)
+        if task is None:
+            task = {} if loss_scale(self.optimizer) is None else copy_gradients(trained, self.optimizer)
+        self._current = Step(progress[0], self.total_steps, task, groups)
+        for allocator in self.training.allocators:
+            allocator.before_step(self.adapters, self._current)
+
+    def _withhold(self, parameters: list[Tensor]) -> None:
+        """Hide the gradients, so that the optimizer passes over every parameter and its state."""
+        self._withheld = [(parameter, parameter.grad) for parameter in parameters]
+        for parameter in parameters:
+            parameter.grad = None
+
+    def _penalise(self, trained: Sequence[Tensor]) -> None:
+        if self.training.penalty is None:
+            return
+        with torch.enable_grad():
+            value = self.training.penalty(self.adapters)
+        if value.requires_grad:
+            add_gradients(trained, torch.autograd.grad(value, trained, allow_unused=True), self.optimizer)
+        self._penalty = value.detach()
+
+    def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        step, self._current = self._current, None
+        withheld, self._withheld = self._withheld, []
+        for parameter, gradient in withheld:
+            parameter.grad = gradient
+        if step is None:
+            count(self.adapters, skipped=1)
+            return
+        for allocator in self.training.allocators:
+            allocator.after_step(self.adapters, step)
+        count(self.adapters, done=1)

@@ -1,0 +1,71 @@
+"""The optimizer's gradients in its step hook: one check for all of them, the penalty's added, a loss scale undone."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lora2fx.training.sharding import whole
+
+
+def loss_scale(optimizer: Optimizer) -> Tensor | None:
+    """What a `GradScaler` left the gradients multiplied by: a fused optimizer divides by it inside its step."""
+    scale: Tensor | None = getattr(optimizer, "grad_scale", None)
+    return scale
+
+
+def _largest(gradients: Sequence[Tensor]) -> list[Tensor]:
+    """The largest magnitude of each device's gradients, NaN where one is."""
+    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
+    for gradient in gradients:
+        values = gradient.coalesce().values() if gradient.is_sparse else gradient
+        if values.numel():
+            groups[(values.device, values.dtype)].append(values)
+    norms = [torch._foreach_norm(group, float("inf")) for group in groups.values()]
+    return [torch.stack([whole(norm) for norm in group]).amax() for group in norms]
+
+
+@torch.no_grad()
+def read_step(parameters: Sequence[Tensor], optimizer: Optimizer, progress: Tensor) -> tuple[bool, list[int]]:
+    """Whether any gradient is NaN or infinite, and the adapter's progress, in one read of the device."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    bad = [~largest.isfinite() for largest in _largest(gradients)]
+    overflow: Tensor | None = getattr(optimizer, "found_inf", None)
+    if overflow is not None:
+        bad.append(overflow.reshape(()) > 0)
+    flags = [flag.to(progress) for flag in bad] or [torch.zeros_like(progress[0])]
+    found = torch.cat([torch.stack(flags).amax().reshape(1), progress]).tolist()
+    return bool(found[0]), found[1:]
+
+
+@torch.no_grad()
+def add_gradients(parameters: Sequence[Tensor], gradients: Sequence[Tensor | None], optimizer: Optimizer) -> None:
+    """Add to each parameter's `.grad`, under the loss scale that is on it; None adds nothing."""
+    scale = loss_scale(optimizer)
+    held: list[Tensor] = []
+    added: list[Tensor] = []
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        if gradient is None:
+            continue
+        scaled = gradient if scale is None else gradient * scale.to(gradient.device)
+        if parameter.grad is None:
+            parameter.grad = scaled
+        else:
+            held.append(parameter.grad)
+            added.append(scaled)
+    if held:
+        torch._foreach_add_(held, added)
+
+
+@torch.no_grad()
+def copy_gradients(parameters: Sequence[Tensor], optimizer: Optimizer) -> dict[int, Tensor]:
+    """The gradients as they are now, the loss scale undone, by the parameter's id."""
+    scale = loss_scale(optimizer)
+    found = {id(parameter): parameter.grad for parameter in parameters if parameter.grad is not None}
+    if scale is None:
+        return {key: gradient.clone() for key, gradient in found.items()}
+    return {key: gradient / scale.to(gradient.device) for key, gradient in found.items()}

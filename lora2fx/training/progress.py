@@ -1,0 +1,86 @@
+"""How far a run came, kept in every adapter's `progress` buffer so that a checkpoint of the model knows it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+
+from lora2fx.adapter import Adapter
+from lora2fx.errors import AdapterError, ScheduleError
+from lora2fx.training.slots import Training
+
+Adapters = Mapping[str, Adapter] | Iterable[Adapter]
+
+
+class Progress(NamedTuple):
+    """Optimiser steps done, the run's length (0: never attached), steps skipped."""
+
+    done: int
+    total: int
+    skipped: int
+
+
+def adapter_list(adapters: Adapters) -> tuple[Adapter, ...]:
+    """The adapters in registration order, with or without their names."""
+    return tuple(adapters.values() if isinstance(adapters, Mapping) else adapters)
+
+
+def read_progress(adapters: Sequence[Adapter]) -> Progress:
+    """The adapters' progress. Raises `AdapterError` where they disagree, as after loading half a checkpoint."""
+    found = {Progress(*adapter.progress.tolist()) for adapter in adapters}
+    if len(found) != 1:
+        steps = ", ".join(str(progress.done) for progress in sorted(found))
+        raise AdapterError(
+            f"the adapters disagree on the steps they were trained for ({steps}): some of them come from another"
+            " checkpoint. Load one checkpoint into all of them."
+        )
+    return found.pop()
+
+
+def check_total(progress: Progress, total_steps: int) -> None:
+    """Raise `ScheduleError` where the adapters were driven over a run of another length."""
+    if progress.total not in (0, total_steps):
+        raise ScheduleError(
+            f"these adapters are at step {progress.done} of a run of {progress.total} steps; their schedule can't go"
+            f" on over total_steps={total_steps}. Attach with total_steps={progress.total}."
+        )
+
+
+@torch.no_grad()
+def count(adapters: Sequence[Adapter], done: int = 0, skipped: int = 0) -> None:
+    """Add to every adapter's progress."""
+    progress = [adapter.progress for adapter in adapters]
+    torch._foreach_add_(progress, [torch.tensor([done, 0, skipped], device=own.device) for own in progress])
+
+
+def set_total(adapters: Sequence[Adapter], total_steps: int) -> None:
+    """Write the run's length into every adapter's progress."""
+    for adapter in adapters:
+        adapter.progress[1] = total_steps
+
+
+def schedule_status(adapters: Adapters, training: Training) -> str | None:
+    """Why the adapters' schedule is not at its end; None where it is, or where the method has none."""
+    listed = adapter_list(adapters)
+    if not training.allocators or not listed:
+        return None
+    done, total, skipped = read_progress(listed)
+    if total == 0:
+        return (
+            "its pruning schedule was never driven: call lora2fx.attach(model, optimizer, total_steps=...) before"
+            " training."
+        )
+    if done + skipped < total:
+        missed = f", {skipped} of them skipped for a non-finite gradient" if skipped else ""
+        return (
+            f"its pruning schedule ended early: {done + skipped} of {total} optimizer steps were taken{missed}."
+            " Train to the end, or attach with the number of steps that are really taken."
+        )
+    if not all(allocator.finished(done, total) for allocator in training.allocators):
+        return (
+            f"its pruning schedule never reached its last allocation: {skipped} of {total} steps were skipped for a"
+            " non-finite gradient, and skipped steps don't count."
+        )
+    return None
