@@ -6,9 +6,10 @@ Three rewrites, the first that fits: `activation` adds ((x @ left) * gate) @ rig
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Hashable, Mapping
 from typing import Any
 
 import torch
@@ -17,11 +18,12 @@ from torch import fx, nn
 from lora2fx.adapter import Adapter
 from lora2fx.errors import RewriteError
 from lora2fx.passes.install import Recipe, graph_recipe, install_owner
-from lora2fx.passes.tracing import UntraceableError, trace_adapter, trace_owner
+from lora2fx.passes.tracing import UntraceableError, library_key, trace_adapter, trace_owner
 from lora2fx.program import Program
 from lora2fx.site import Layout, Site
 
 REWRITES = ("activation", "weight", "property")
+_SCALARS = (bool, int, float, str)
 _OUT_IN = Layout(contracted=(1,), free=(0,))
 _IN_OUT = Layout(contracted=(0,), free=(1,))
 
@@ -168,8 +170,36 @@ def _check_dropout(adapter: Adapter, rewrite: str) -> None:
         )
 
 
+def _adapter_key(adapter: Adapter) -> Hashable:
+    """What alone decides an adapter's graphs: its class, its plain settings, and the matrix that its site is."""
+    site = adapter.site
+    plain = tuple((name, value) for name, value in sorted(vars(adapter).items()) if isinstance(value, _SCALARS))
+    structure = (site.shape, site.layout, site.columns is None, adapter.dropout is None)
+    return type(adapter), plain, structure, site.parameter, tuple(adapter._parameters), tuple(adapter._buffers)
+
+
+def _recipe_key(owner: nn.Module, adapters: Mapping[str, Adapter], plans: Mapping[str, str]) -> Hashable | None:
+    library = library_key(owner)
+    if library is None:
+        return None
+    return library, tuple((child, plans[child], _adapter_key(adapter)) for child, adapter in adapters.items())
+
+
+_RECIPES: dict[Hashable, Recipe] = {}
+
+
 def owner_recipe(owner: nn.Module, adapters: Mapping[str, Adapter], plans: Mapping[str, str]) -> Recipe:
-    """The recipe of the owner's new class; `adapters` and `plans` by child name."""
+    """The recipe of the owner's new class; `adapters` and `plans` by child name. Modules alike are rewritten once."""
+    key = _recipe_key(owner, adapters, plans)
+    if key is None or key not in _RECIPES:
+        recipe = _make_recipe(owner, adapters, plans)
+        if key is None:
+            return recipe
+        _RECIPES[key] = recipe
+    return _RECIPES[key]
+
+
+def _make_recipe(owner: nn.Module, adapters: Mapping[str, Adapter], plans: Mapping[str, str]) -> Recipe:
     merged: dict[str, list[str]] = defaultdict(list)
     for child, adapter in adapters.items():
         _check_dropout(adapter, plans[child])
@@ -177,7 +207,7 @@ def owner_recipe(owner: nn.Module, adapters: Mapping[str, Adapter], plans: Mappi
             merged[adapter.site.parameter].append(child)
     graph = None
     if len(set(plans.values()) - {"property"}) > 0:
-        graph = trace_owner(owner)
+        graph = copy.deepcopy(trace_owner(owner))
         rewrite_graph(graph, adapters, plans)
     return graph_recipe(graph, tuple((name, tuple(children)) for name, children in merged.items()))
 

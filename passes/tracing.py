@@ -11,7 +11,7 @@ import dis
 import sys
 import sysconfig
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,8 +30,11 @@ _FORBIDDEN = {
     "IMPORT_NAME": "imports",
 }
 _QUERIES = frozenset(
-    "is_grad_enabled is_autocast_enabled is_inference_mode_enabled is_scripting is_tracing is_compiling is_exporting"
-    " is_dynamo_compiling get_default_dtype get_autocast_dtype initial_seed item tolist numpy".split()
+    {
+        *("is_grad_enabled", "is_autocast_enabled", "is_inference_mode_enabled", "get_autocast_dtype"),
+        *("is_scripting", "is_tracing", "is_compiling", "is_exporting", "is_dynamo_compiling"),
+        *("get_default_dtype", "initial_seed", "item", "tolist", "numpy"),
+    }
 )
 _SAFE_MODULES = ("torch", "math", "_operator", "operator")
 _LIBRARY = (sysconfig.get_path("stdlib"), "<frozen")
@@ -138,6 +141,15 @@ def _unchanged(owner: nn.Module) -> Iterator[None]:
         state.update(objects)
 
 
+def _resume(profiler: Any) -> None:
+    """Go on with the profiler that ran before; one written in C (cProfile) can only be enabled again."""
+    if profiler is not None and not callable(profiler):
+        sys.setprofile(None)
+        profiler.enable()
+    else:
+        sys.setprofile(profiler)
+
+
 def _trace_once(owner: nn.Module) -> tuple[fx.Graph, list[str]]:
     tracer, watch, reasons = _GraphTracer(), _CodeWatch(), list[str]()
     base, profiler = type(owner), sys.getprofile()
@@ -149,21 +161,41 @@ def _trace_once(owner: nn.Module) -> tuple[fx.Graph, list[str]]:
     except Exception as error:
         raise UntraceableError(f"tracing stopped: {type(error).__name__}: {error}") from error
     finally:
-        sys.setprofile(profiler)
+        _resume(profiler)
         owner.__class__ = base
     return graph, reasons + watch.reasons
 
 
+def library_key(owner: nn.Module) -> Hashable | None:
+    """What alone decides the graph of a module whose forward torch itself defines; None for any other module.
+
+    Such a forward may branch, but only on what the class declares in `__constants__` and on which parameters,
+    buffers and children are there.
+    """
+    cls = type(owner)
+    if not cls.forward.__module__.startswith("torch.nn.modules."):
+        return None
+    state = (owner._parameters, owner._buffers, owner._modules)
+    names = tuple(name for group in state for name, value in group.items() if value is not None)
+    constants = tuple((name, repr(getattr(owner, name, None))) for name in getattr(cls, "__constants__", ()))
+    return cls, names, constants
+
+
+_LIBRARY_GRAPHS: dict[Hashable, fx.Graph] = {}
+
+
 def trace_owner(owner: nn.Module) -> fx.Graph:
-    """The fx graph of the owner's own forward, its children left as calls.
+    """The fx graph of the owner's own forward, its children left as calls; copy it before changing it.
 
     Raises `UntraceableError` where the graph would not be right for every later call: the forward branches,
-    reads or writes state that a graph freezes, or can't be traced at all. Modules that torch itself defines
-    may branch on what their `__constants__` declare.
+    reads or writes state that a graph freezes, or can't be traced at all.
     """
+    key = library_key(owner)
+    if key is not None:
+        if key not in _LIBRARY_GRAPHS:
+            _LIBRARY_GRAPHS[key] = _trace_once(owner)[0]
+        return _LIBRARY_GRAPHS[key]
     graph, reasons = _trace_once(owner)
-    if type(owner).forward.__module__.startswith("torch.nn.modules."):
-        return graph
     if reasons:
         raise UntraceableError(reasons[0])
     if str(_trace_once(owner)[0]) != str(graph):
