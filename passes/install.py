@@ -39,7 +39,7 @@ class Adapted:
     original_class: ClassVar[type[nn.Module]]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        function, arguments, *state = super().__reduce_ex__(protocol)
+        function, _, *state = super().__reduce_ex__(protocol)
         if function is not copyreg.__newobj__:  # type: ignore[attr-defined]
             raise RewriteError(
                 f"copying an adapted {type(self).__name__}: its class reduces itself in its own way, which can't be"
@@ -114,7 +114,7 @@ def _merged_weight(parameter: str, children: tuple[str, ...]) -> property:
     return property(merged, doc=f"{parameter} + ΔW")
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def adapted_class(original: type[nn.Module], recipe: Recipe) -> type[nn.Module]:
     """The subclass of `original` that the recipe describes; one class for all modules that share both."""
     body: dict[str, Any] = {"recipe": recipe, "original_class": original}
@@ -134,10 +134,10 @@ def install_owner(owner: nn.Module, recipe: Recipe, adapters: dict[str, Adapter]
 
 def restore_owner(owner: nn.Module) -> None:
     """Give one adapted module its class back and take its adapters away; parameters stay as they are."""
-    assert isinstance(owner, Adapted)
+    original: Any = type(owner)
     for name in [name for name, child in owner.named_children() if isinstance(child, Adapter)]:
         delattr(owner, name)
-    owner.__class__ = owner.original_class
+    owner.__class__ = original.original_class
 
 
 def restore_owners(root: nn.Module) -> None:
