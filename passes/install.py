@@ -7,7 +7,6 @@ new class is rebuilt from its recipe wherever the module goes: deepcopy, pickle,
 from __future__ import annotations
 
 import copyreg
-import functools
 import importlib
 import linecache
 from dataclasses import dataclass
@@ -39,7 +38,8 @@ class Adapted:
     original_class: ClassVar[type[nn.Module]]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        function, _, *state = super().__reduce_ex__(protocol)
+        reduced: Any = super().__reduce_ex__(protocol)
+        function, _, *state = reduced
         if function is not copyreg.__newobj__:  # type: ignore[attr-defined]
             raise RewriteError(
                 f"copying an adapted {type(self).__name__}: its class reduces itself in its own way, which can't be"
@@ -114,9 +114,17 @@ def _merged_weight(parameter: str, children: tuple[str, ...]) -> property:
     return property(merged, doc=f"{parameter} + ΔW")
 
 
-@functools.cache
+_CLASSES: dict[tuple[type, Recipe], type[nn.Module]] = {}
+
+
 def adapted_class(original: type[nn.Module], recipe: Recipe) -> type[nn.Module]:
     """The subclass of `original` that the recipe describes; one class for all modules that share both."""
+    if (original, recipe) not in _CLASSES:
+        _CLASSES[original, recipe] = _make_class(original, recipe)
+    return _CLASSES[original, recipe]
+
+
+def _make_class(original: type[nn.Module], recipe: Recipe) -> type[nn.Module]:
     body: dict[str, Any] = {"recipe": recipe, "original_class": original}
     body |= {"__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__}
     body |= {parameter: _merged_weight(parameter, children) for parameter, children in recipe.merged}
