@@ -1,0 +1,86 @@
+"""The ONNX packages, imported when they are needed, and ONNX Runtime sessions whose provider is the one asked for."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from lora2fx.errors import ExportError
+
+Provider = str | tuple[str, Mapping[str, Any]]
+
+
+def require_onnx_packages() -> None:
+    """Raise `ExportError` unless onnx, onnxscript and exactly one distribution of onnxruntime are installed."""
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if not _importable(name)]
+    if missing:
+        raise ExportError(
+            f'export_onnx needs {", ".join(missing)}, not installed here: pip install "lora2fx[onnx]"'
+            ' (or "lora2fx[gpu]" for ONNX Runtime on CUDA).'
+        )
+    found = sorted(set(importlib.metadata.packages_distributions().get("onnxruntime", ())))
+    if len(found) > 1:
+        raise ExportError(
+            f"{' and '.join(found)} are installed together: they overwrite each other's files, and which of them"
+            f" runs is chance. pip uninstall {' '.join(found)}, then install the one you want."
+        )
+
+
+def _importable(name: str) -> bool:
+    try:
+        importlib.import_module(name)
+    except ImportError:
+        return False
+    return True
+
+
+def open_session(path: Path, providers: Sequence[Provider]) -> Any:
+    """An ONNX Runtime session of the file; raises `ExportError` where another provider than the first one runs."""
+    import onnxruntime
+
+    asked = _name(providers[0])
+    available = onnxruntime.get_available_providers()
+    if asked not in available:
+        raise ExportError(
+            f"providers={[_name(p) for p in providers]!r}: this onnxruntime knows {', '.join(available)}."
+        )
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=list(providers))
+    except Exception as error:  # onnxruntime's exceptions share no base class
+        raise ExportError(f"ONNX Runtime can't load the exported file: {first_line(error)}") from error
+    running = session.get_providers()[0]
+    if running != asked:
+        raise ExportError(
+            f"providers={[_name(p) for p in providers]!r} was asked for and ONNX Runtime runs {running}: {asked} did"
+            " not load (driver, CUDA or cuDNN version). Mend it, or ask for the provider that you have."
+        )
+    return session
+
+
+def run_session(session: Any, tensors: Mapping[str, Tensor]) -> list[np.ndarray[Any, Any]]:
+    """The file's outputs for named inputs; inputs that the graph doesn't have are left out."""
+    known = {value.name for value in session.get_inputs()}
+    feed = {name: tensor.detach().cpu().contiguous().numpy() for name, tensor in tensors.items() if name in known}
+    try:
+        return [np.asarray(value) for value in session.run(None, feed)]
+    except Exception as error:
+        sizes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
+        raise ExportError(f"ONNX Runtime can't run the exported file on {sizes}: {first_line(error)}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """An exception's type and the first line of its text that says anything."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:300] if lines else 'no text'}"
+
+
+def _name(provider: Provider) -> str:
+    return provider if isinstance(provider, str) else provider[0]
