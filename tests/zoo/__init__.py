@@ -4,9 +4,11 @@ from tests.zoo.architecture import Architecture
 from tests.zoo.attention import ATTENTION
 from tests.zoo.decoders import DECODERS
 from tests.zoo.encoders import ENCODERS
+from tests.zoo.fused import FUSED
+from tests.zoo.plain import PLAIN
 from tests.zoo.seq2seq import SEQ2SEQ
 from tests.zoo.vision import VISION
 
-ZOO: dict[str, Architecture] = ATTENTION | ENCODERS | DECODERS | SEQ2SEQ | VISION
+ZOO: dict[str, Architecture] = ATTENTION | FUSED | PLAIN | ENCODERS | DECODERS | SEQ2SEQ | VISION
 
 __all__ = ["ZOO", "Architecture"]
