@@ -1,0 +1,59 @@
+"""Copies of an adapted model that share with it every parameter that they don't change."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from lora2fx.errors import VerifyError
+from lora2fx.passes.fold import is_foldable, merges, write_merges
+from lora2fx.passes.install import Adapted, restore_owner, restore_owners
+from lora2fx.program import Program, program_of
+
+
+def _sharing_copy(model: nn.Module, own: Iterable[nn.Parameter]) -> nn.Module:
+    """A deep copy but for the parameters, of which only `own` are copied."""
+    copied = {id(parameter) for parameter in own}
+    shared = {id(parameter): parameter for parameter in model.parameters() if id(parameter) not in copied}
+    try:
+        return copy.deepcopy(model, dict(shared))
+    except Exception as error:
+        raise VerifyError(
+            f"{type(model).__name__} can't be copied ({type(error).__name__}: {error}), and verification compares with"
+            " a folded copy. Take off what can't be copied (locks, open files, tensors kept from a forward), or pass"
+            " verify=False."
+        ) from error
+
+
+def partial_copy(program: Program, names: Collection[str]) -> Program:
+    """A copy in which only the owners of the named adapters are still rewritten."""
+    model = _sharing_copy(program.model, [p for adapter in program.adapters.values() for p in adapter.parameters()])
+    root = program_of(model, "verify").root
+    kept = {root.get_submodule(program.adapters[name].site.owner) for name in names}
+    for owner in [module for module in root.modules() if isinstance(module, Adapted)]:
+        if owner not in kept:
+            restore_owner(owner)
+    return program_of(model, "verify")
+
+
+@dataclass(frozen=True)
+class Folded:
+    """A folded copy, and by adapter the weight W + ΔW in it."""
+
+    model: nn.Module
+    weights: dict[str, nn.Parameter]
+
+
+@torch.no_grad()
+def folded_copy(program: Program) -> Folded:
+    """A copy folded where it can be, with its original classes."""
+    model = _sharing_copy(program.model, [merge.weight for merge in merges(program)])
+    copied = program_of(model, "verify")
+    found = [merge for merge in merges(copied) if is_foldable(merge.weight)]
+    write_merges(found)
+    restore_owners(copied.root)
+    return Folded(model, {name: merge.weight for merge in found for name in merge.adapters})

@@ -1,0 +1,86 @@
+"""Random factors of a visible size, and the gradients that they get: what verification probes a rewrite with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from lora2fx.adapter import Adapter
+from lora2fx.passes.outputs import scale
+
+SIZE = 0.2
+"""‖ΔW‖_F / ‖W‖_F of random factors: large enough that a missing or misplaced ΔW shows, small enough to stay sane."""
+
+
+def draw_like(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    """Standard normal numbers of the tensor's shape, dtype and device, the same on every device."""
+    return torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor)
+
+
+def _norm(adapter: Adapter) -> float:
+    return float(adapter.exact().delta().norm())
+
+
+def _size_parameter(adapter: Adapter) -> nn.Parameter | None:
+    """A parameter that ΔW is linear in, found by doubling each in turn."""
+    before = adapter.exact().delta()
+    for parameter in adapter.parameters():
+        parameter.mul_(2)
+        linear = torch.allclose(adapter.exact().delta(), 2 * before, rtol=1e-6)
+        if linear:
+            return parameter
+        parameter.div_(2)
+    return None
+
+
+@torch.no_grad()
+def randomise(adapter: Adapter, weight: Tensor, generator: torch.Generator) -> None:
+    """Overwrite every parameter with normal numbers, scaled so that ‖ΔW‖_F is `SIZE` · ‖W‖_F."""
+    for parameter in adapter.parameters():
+        parameter.copy_(draw_like(parameter, generator))
+    found = _size_parameter(adapter)
+    norm = _norm(adapter)
+    if found is None or norm == 0:
+        return
+    reach = float(torch.linalg.vector_norm(weight.detach(), dtype=torch.float64)) if weight.is_floating_point() else 0.0
+    if reach == 0:
+        reach = float(adapter.site.weight_out_features) ** 0.5
+    found.mul_(SIZE * reach / norm)
+
+
+def masks(adapters: Sequence[Adapter]) -> list[Tensor]:
+    """Each adapter's first mask: all False makes its ΔW exactly 0."""
+    return [next(iter(adapter.axes().values())).mask for adapter in adapters]
+
+
+@contextmanager
+def masked(adapters: Sequence[Adapter]) -> Iterator[None]:
+    """ΔW = 0 by the masks alone."""
+    found = masks(adapters)
+    before = [mask.clone() for mask in found]
+    try:
+        for mask in found:
+            mask.fill_(False)
+        yield
+    finally:
+        for mask, value in zip(found, before, strict=True):
+            mask.copy_(value)
+
+
+def pull_back(outputs: Sequence[Tensor], leaves: Sequence[Tensor]) -> list[Tensor | None]:
+    """Gradients of fixed random combinations of all floating-point outputs, each taken relative to its size."""
+    generator = torch.Generator().manual_seed(0)
+    roots, cotangents = [], []
+    for output in outputs:
+        if not output.is_floating_point():
+            continue
+        cotangent = draw_like(output, generator) / (scale(output) or 1.0)
+        if output.requires_grad:
+            roots.append(output)
+            cotangents.append(cotangent)
+    if not roots:
+        return [None] * len(leaves)
+    return list(torch.autograd.grad(roots, leaves, cotangents, allow_unused=True))

@@ -1,0 +1,93 @@
+"""Run a model without leaving a trace: train flags, buffers and random generators are put back."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+def same_values(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors agree in shape, dtype and every value, a NaN with a NaN."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return torch.equal(a, b) or bool(((a == b) | ((a != a) & (b != b))).all())
+
+
+def seed_all(seed: int) -> None:
+    """Seed Python's, NumPy's and torch's global generators."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def _cuda_in_use() -> bool:
+    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def preserved_generators() -> Iterator[None]:
+    """Python's, NumPy's and torch's global generators (every CUDA device in use) are as before afterwards."""
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    devices = torch.cuda.get_rng_state_all() if _cuda_in_use() else []
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+        if devices:
+            torch.cuda.set_rng_state_all(devices)
+
+
+@contextmanager
+def preserved_buffers(model: nn.Module) -> Iterator[None]:
+    """The same buffer objects with the same values afterwards; one that did not change is not written."""
+    buffers = {module: dict(module._buffers) for module in model.modules()}
+    values = {
+        buffer: buffer.detach().clone() for own in buffers.values() for buffer in own.values() if buffer is not None
+    }
+    try:
+        yield
+    finally:
+        for module, own in buffers.items():
+            module._buffers.clear()
+            module._buffers.update(own)
+        with torch.no_grad():
+            for buffer, value in values.items():
+                if not same_values(buffer, value):
+                    buffer.copy_(value)
+
+
+@contextmanager
+def preserved_flags(model: nn.Module) -> Iterator[None]:
+    """Every module's train flag is as before afterwards."""
+    flags = {module: module.training for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, flag in flags.items():
+            module.training = flag
+
+
+@contextmanager
+def preserved_values(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """The parameters' values are as before afterwards."""
+    values = [parameter.detach().clone() for parameter in parameters]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, value in zip(parameters, values, strict=True):
+                parameter.copy_(value)
+
+
+@contextmanager
+def preserved(model: nn.Module) -> Iterator[None]:
+    """Train flags, buffers and random generators are as before afterwards, whatever happens within."""
+    with preserved_flags(model), preserved_buffers(model), preserved_generators():
+        yield
