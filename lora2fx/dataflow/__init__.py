@@ -1,0 +1,1 @@
+"""What one forward did, and what its dataflow says about the weights."""

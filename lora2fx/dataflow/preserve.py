@@ -1,0 +1,84 @@
+"""Run a model without leaving a trace: modes, buffers, module attributes and random states are put back."""
+
+from __future__ import annotations
+
+import random
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+_CONTAINERS = (dict, OrderedDict, list, set)
+
+
+def _restore_container(container: Any, saved: Any) -> None:
+    container.clear()
+    if isinstance(container, list):
+        container.extend(saved)
+    else:
+        container.update(saved)
+
+
+def _attributes_of(module: nn.Module) -> Callable[[], None]:
+    """How to give `module` back its attributes (train flag, buffers and caches among them) and its containers' items."""
+    before = dict(vars(module))
+    items = [(value, value.copy()) for value in before.values() if type(value) in _CONTAINERS]
+
+    def restore() -> None:
+        vars(module).clear()
+        vars(module).update(before)
+        for container, saved in items:
+            _restore_container(container, saved)
+
+    return restore
+
+
+def _buffers_of(model: nn.Module) -> Callable[[], None]:
+    saved = [(buffer, buffer.detach().clone()) for buffer in model.buffers() if not buffer.is_inference()]
+
+    def restore() -> None:
+        with torch.no_grad():
+            for buffer, value in saved:
+                buffer.set_(value) if buffer.shape != value.shape else buffer.copy_(value)
+
+    return restore
+
+
+def _random_states() -> Callable[[], None]:
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+
+    def restore() -> None:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+        if cuda:
+            torch.cuda.set_rng_state_all(cuda)
+
+    return restore
+
+
+@contextmanager
+def fastpath(enabled: bool) -> Iterator[None]:
+    """With the fused attention fast path of `torch.nn` on or off."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(enabled)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextmanager
+def preserved(model: nn.Module) -> Iterator[None]:
+    """Whatever is run inside, also when it raises: afterwards `model` and the random states are as before."""
+    with ExitStack() as stack:
+        stack.callback(_random_states())
+        stack.callback(_buffers_of(model))
+        for module in model.modules():
+            stack.callback(_attributes_of(module))
+        yield
