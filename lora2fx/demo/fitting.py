@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from lora2fx.demo.digits import Examples
 from lora2fx.errors import Lora2fxError
 
-BATCH = 64
+BATCH = 32
 WARM_UP = 0.06
 
 

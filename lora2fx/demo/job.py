@@ -29,8 +29,8 @@ from lora2fx.html import render_html
 class Size:
     """How long the demo trains and measures."""
 
-    base_steps: int = 300
-    steps: int = 300
+    base_steps: int = 400
+    steps: int = 200
     seeds: int = 3
     latency_rounds: int = 60
 
