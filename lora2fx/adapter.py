@@ -87,7 +87,8 @@ class Adapter(nn.Module):
         """What the site adds to its output: x (..., in) → (..., out of this site), in the adapter's dtype."""
         left = self.left()
         x = x if self.dropout is None else self.dropout(x)
-        return ((x.type_as(left) @ left) * self.gate()) @ self.right()
+        update: Tensor = ((x.type_as(left) @ left) * self.gate()) @ self.right()
+        return update
 
     def delta(self) -> Tensor:
         """ΔW as the matrix (*batch, in, out of this site)."""
@@ -111,7 +112,8 @@ class Adapter(nn.Module):
         exact = self.exact()
         left = torch.linalg.qr(exact.left() * exact.gate().unsqueeze(-2)).R
         right = torch.linalg.qr(exact.right().mT).R
-        return torch.linalg.svdvals(left @ right.mT)
+        values: Tensor = torch.linalg.svdvals(left @ right.mT)
+        return values
 
     def rank(self, tolerance: float = 1e-9) -> int:
         """ΔW's numeric rank: singular values above `tolerance` times the largest (a stack's maximum)."""
