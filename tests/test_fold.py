@@ -1,0 +1,224 @@
+"""Folding: W + ΔW in float64, rounded once, all or nothing, and nothing else is left of the adapters."""
+
+import copy
+from fractions import Fraction
+
+import pytest
+import torch
+from torch import nn
+
+from lora2fx.errors import AdapterError, Lora2fxWarning, ScheduleError
+from lora2fx.methods.lora import LoRA
+from lora2fx.methods.lora2 import LoRA2
+from lora2fx.passes.fold import fold_adapters
+from lora2fx.passes.rounding import round_once
+from lora2fx.program import program_of
+from tests.programs import FUSED, Small, adapt, randomised, small_inputs, states
+
+
+def exact_weights(program):
+    """W + ΣΔW in float64 by weight, from the definition: left · diag(gate) · right on the site's own columns."""
+    found = {}
+    for adapter in program.adapters.values():
+        site = adapter.site
+        weight = program.root.get_submodule(site.owner)._parameters[site.parameter].detach().double()
+        total = found.get(site.weight, weight.clone())
+        double = copy.deepcopy(adapter).double()
+        left, gate, right = double.left().detach(), double.gate().detach(), double.right().detach()
+        delta = torch.einsum("...ik,...k,...ko->...io", left, gate.expand(*left.shape[:-2], -1), right)
+        matrix = torch.zeros(*site.batch_shape, site.in_features, site.weight_out_features, dtype=torch.float64)
+        columns = range(site.weight_out_features) if site.columns is None else site.column_index()
+        matrix[..., torch.as_tensor(list(columns))] = delta
+        found[site.weight] = total + site.from_matrix(matrix)
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_every_weight_is_the_exact_sum_rounded_once(dtype):
+    model = Small().to(dtype)
+    program = randomised(adapt(model, LoRA2(r=3, k=2)))
+    wanted = {name: value.to(dtype) for name, value in exact_weights(program).items()}
+    fold_adapters(program)
+    state = model.state_dict()
+    for name, value in wanted.items():
+        close = torch.finfo(dtype).eps if dtype.itemsize > 2 else 0  # 16 bits: one rounding hides the sum's order
+        torch.testing.assert_close(state[name], value, rtol=2 * close, atol=close / 8)
+
+
+def test_fold_leaves_the_plain_model_with_its_own_objects():
+    base = Small()
+    model = copy.deepcopy(base)
+    model.linear.bias.requires_grad_(False)
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    identities = {name: (parameter, parameter.data_ptr()) for name, parameter in model.named_parameters()}
+    program = randomised(adapt(model, LoRA(r=2)))
+    with torch.no_grad():
+        adapted = model(*small_inputs().args)
+    report = fold_adapters(program)
+    assert [type(module) for module in model.modules()] == [type(module) for module in base.modules()]
+    assert list(model.state_dict()) == list(base.state_dict())
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == flags
+    assert {name: (p, p.data_ptr()) for name, p in model.named_parameters()} == identities
+    torch.testing.assert_close(model(*small_inputs().args), adapted, rtol=1e-12, atol=1e-12)
+    assert {entry["weight"] for entry in report.sites} == {site.weight for site in program.sites}
+    with pytest.raises(AdapterError, match="fold: Small holds no adapters"):
+        program_of(model, "fold")
+
+
+def test_train_flags_stay():
+    model = Small().train()
+    model.linear.eval()
+    flags = [module.training for module in model.modules()]
+    fold_adapters(randomised(adapt(model, LoRA(r=2))))
+    assert [module.training for module in model.modules()] == flags
+
+
+def test_adapters_of_one_fused_weight_are_added_before_one_rounding():
+    model = nn.ModuleDict({"fused": nn.Linear(4, 6, bias=False)}).bfloat16()
+    program = randomised(adapt(model, LoRA(r=2), FUSED))
+    wanted = exact_weights(program)["fused.weight"]
+    before = model["fused"].weight.detach().clone()
+    fold_adapters(program)
+    assert torch.equal(model["fused"].weight, wanted.bfloat16())
+    assert torch.equal(model["fused"].weight[2:3], before[2:3])
+
+
+def test_zero_updates_change_no_bit():
+    model = Small().bfloat16()
+    before = states(model)
+    report = fold_adapters(adapt(model, LoRA(r=2)))
+    assert states(model) == before
+    assert all(entry["rank"] == 0 and entry["rounding_error"] == 0 for entry in report.sites)
+
+
+def test_report_holds_norms_ranks_and_rounding_errors():
+    model = Small().bfloat16()
+    program = randomised(adapt(model, LoRA2(r=3, k=2)))
+    before = {name: parameter.detach().double() for name, parameter in model.named_parameters()}
+    wanted = exact_weights(program)
+    report = fold_adapters(program)
+    by_name = {entry["weight"]: entry for entry in report.sites if entry["slice"] is None}
+    for name, entry in by_name.items():
+        norm = float((wanted[name] - before[name]).norm())
+        lost = float((model.state_dict()[name].double() - wanted[name]).norm())
+        assert entry["delta_norm"] == pytest.approx(norm, rel=1e-9)
+        assert entry["rounding_error"] == pytest.approx(lost / norm, rel=1e-6)
+        assert (entry["r"], entry["active"], entry["rank"]) == (3, 3, 2)
+        assert len(entry["lambda"]) == 3
+    assert report.to_dict()["max_rounding_error"] == max(entry["rounding_error"] for entry in report.sites)
+    assert report.totals["base_parameters"] == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_non_finite_factor_is_refused_and_nothing_changes(value):
+    model = Small()
+    program = randomised(adapt(model, LoRA(r=2)))
+    with torch.no_grad():
+        program.adapters["conv.lora2fx_weight"].A.view(-1)[1] = value
+    before = states(model)
+    with pytest.raises(AdapterError, match=r"A of the adapter conv\.lora2fx_weight on conv\.weight holds NaN or inf"):
+        fold_adapters(program)
+    assert states(model) == before
+    assert len(program_of(model, "fold").adapters) == len(program.adapters)
+
+
+def test_a_sum_that_overflows_is_refused_and_nothing_changes():
+    model = Small().half()
+    program = randomised(adapt(model, LoRA(r=2)))
+    with torch.no_grad():
+        program.adapters["conv.lora2fx_weight"].B.mul_(1e6)
+    before = states(model)
+    with pytest.raises(AdapterError, match=r"conv\.weight \(conv\): W \+ ΔW leaves torch\.float16"):
+        fold_adapters(program)
+    assert states(model) == before
+
+
+def test_a_factor_bound_above_the_range_alone_is_no_overflow():
+    model = nn.ModuleDict({"fused": nn.Linear(4, 6, bias=False)}).half()
+    program = adapt(model, LoRA(r=2), FUSED[:1])
+    adapter = next(iter(program.adapters.values()))
+    with torch.no_grad():
+        adapter.A.zero_()
+        adapter.A[0, 0], adapter.B[0, 1] = 1e5, 1e5
+    fold_adapters(program)
+    assert model["fused"].weight.isfinite().all()
+
+
+def test_a_non_finite_base_weight_is_named_as_the_cause():
+    model = Small()
+    program = randomised(adapt(model, LoRA(r=2)))
+    with torch.no_grad():
+        model.conv.weight[0, 0, 0] = float("inf")
+    with pytest.raises(AdapterError, match=r"conv\.weight .*: the base weight holds NaN or infinity"):
+        fold_adapters(program)
+
+
+def test_a_weight_that_cannot_be_written_is_refused():
+    model = Small()
+    program = randomised(adapt(model, LoRA(r=2)))
+    weight = model.conv.weight.detach()
+    model.conv._parameters["weight"] = nn.Parameter((weight * 10).to(torch.int8), requires_grad=False)
+    with pytest.raises(AdapterError, match=r"conv\.weight .* is a torch\.int8 .*dequantise"):
+        fold_adapters(program)
+    model.conv._parameters["weight"] = nn.Parameter(weight.to("meta"))
+    with pytest.raises(AdapterError, match=r"conv\.weight .* on meta"):
+        fold_adapters(program)
+
+
+def driven(program, done, total, skipped=0):
+    for adapter in program.adapters.values():
+        adapter.progress.copy_(torch.tensor([done, total, skipped]))
+    return program
+
+
+@pytest.mark.parametrize(("done", "total", "reason"), [(0, 0, "never driven"), (40, 100, "ended early")])
+def test_an_unfinished_schedule_is_refused_unless_asked_for(done, total, reason):
+    model = Small()
+    program = driven(randomised(adapt(model, LoRA2(r=3, k=2, target_r=1))), done, total)
+    before = states(model)
+    with pytest.raises(ScheduleError, match=rf"{reason}.*strict=False"):
+        fold_adapters(program)
+    assert states(model) == before
+    with pytest.warns(Lora2fxWarning, match=reason):
+        fold_adapters(program, strict=False)
+    assert type(model.linear) is nn.Linear
+
+
+def test_a_finished_schedule_folds_and_reports_its_budget():
+    program = driven(randomised(adapt(Small(), LoRA2(r=3, k=2, target_r=1))), 100, 100)
+    report = fold_adapters(program)
+    assert report.totals["budget"] == len(program.adapters)
+    assert all(len(entry["importance"]) == 3 for entry in report.sites)
+
+
+def test_trained_heads_stay_trained():
+    model = Small()
+    program = randomised(adapt(model, LoRA(r=2), modules_to_save=("head",)))
+    with torch.no_grad():
+        model.head.weight.add_(1)
+    trained = model.head.weight.detach().clone()
+    fold_adapters(program)
+    assert torch.equal(model.head.weight, trained)
+
+
+def nearest(exact: float, candidates: list[float]) -> float:
+    """The candidate closest to the exact value; of two equally close ones, None decides: neither is wrong."""
+    return min(candidates, key=lambda value: abs(Fraction(value) - Fraction(exact)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rounding_next_to_a_tie_goes_to_the_nearest_value(dtype):
+    torch.manual_seed(0)
+    low = (torch.randn(300) * 2 ** torch.randint(-3, 4, (300,))).to(dtype)
+    high = (low.view(torch.int16) + 1).view(dtype)
+    for nudge in (1 + 2**-40, 1 - 2**-40):  # invisible in float32, so that rounding by way of it would tie
+        middle = (low.double() + high.double()) / 2 * nudge
+        found = round_once(middle, dtype)
+        for value, a, b, rounded in zip(middle.tolist(), low.tolist(), high.tolist(), found.tolist(), strict=True):
+            assert rounded == nearest(value, [a, b])
+
+
+def test_rounding_keeps_what_has_no_rounding():
+    special = torch.tensor([float("inf"), -float("inf"), 0.0, -0.0, 1e300, 1.5, -2.0], dtype=torch.float64)
+    assert torch.equal(round_once(special, torch.bfloat16), special.bfloat16())
+    assert round_once(torch.tensor(float("nan"), dtype=torch.float64), torch.float16).isnan()
