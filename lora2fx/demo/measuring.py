@@ -29,7 +29,7 @@ def latencies(calls: Mapping[str, Call], images: Tensor, rounds: int) -> dict[st
     for call in calls.values():
         _milliseconds(call, images)
     for turn in range(rounds):
-        order = list(calls) if turn % 2 == 0 else list(reversed(calls))
+        order = list(calls)[:: 1 if turn % 2 == 0 else -1]
         for name in order:
             times[name].append(_milliseconds(calls[name], images))
     return {name: median(values) for name, values in times.items()}
