@@ -5,10 +5,11 @@ from tests.zoo.attention import ATTENTION
 from tests.zoo.decoders import DECODERS
 from tests.zoo.encoders import ENCODERS
 from tests.zoo.fused import FUSED
+from tests.zoo.held_out import HELD_OUT
 from tests.zoo.plain import PLAIN
 from tests.zoo.seq2seq import SEQ2SEQ
 from tests.zoo.vision import VISION
 
 ZOO: dict[str, Architecture] = ATTENTION | FUSED | PLAIN | ENCODERS | DECODERS | SEQ2SEQ | VISION
 
-__all__ = ["ZOO", "Architecture"]
+__all__ = ["HELD_OUT", "ZOO", "Architecture"]
