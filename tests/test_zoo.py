@@ -18,7 +18,7 @@ from tests.zoo import HELD_OUT, ZOO, Architecture
 EVERY = ZOO | HELD_OUT
 OPERANDS = ("query", "key", "value")
 WITHOUT_SDPA = {
-    *("vit_plain", "einsum", "timm_vit", "unet"),  # softmax written out
+    *("vit_plain", "einsum", "timm_vit", "unet", "unprojected_query"),  # softmax written out
     *("mha", "mha_cross", "encoder", "decoder"),  # torch's own modules hide the call from a function mode
     *("mixer", "lstm", "branching", "two_tower", "graph", "squeeze_excite", "dense_tanh_dense"),  # no attention
     *("convnext", "mamba", "fnet"),

@@ -11,6 +11,7 @@ from tests.zoo.decoders import ATTENTION, FOURFOLD, GATED, GROUPED, HEAD, INTERL
 from tests.zoo.encoders import ATTENTION as BERT_ATTENTION
 from tests.zoo.encoders import DENSE, SMALL
 from tests.zoo.seq2seq import letters, projections
+from tests.zoo.traps import TRAPS
 from tests.zoo.vision import ATTENTION as VIT_ATTENTION
 from tests.zoo.vision import FC, SQUARE
 
@@ -241,4 +242,4 @@ SENSES = {
     ),
 }
 
-HELD_OUT: dict[str, Architecture] = TEXT | CAUSAL | SENSES
+HELD_OUT: dict[str, Architecture] = TEXT | CAUSAL | SENSES | TRAPS
