@@ -20,6 +20,7 @@ from lora2fx.errors import InputsError
 BATCH = 2
 LENGTHS = (11, 13, 17, 19, 23)
 DECODER_LENGTHS = (9, 10, 12, 14, 15)
+RGB = 3
 FREE_IMAGE_SIZE = 64
 MODALITIES = {
     "text": ("input_ids",),
@@ -121,7 +122,7 @@ def _pixel_values(source: _Source) -> Tensor:
     """(batch, channels, height, width), with frames after the batch where the config has a number of frames."""
     size = source.get("image_size") or FREE_IMAGE_SIZE  # a model without one is convolutional and takes any
     height, width = (size, size) if isinstance(size, int) else tuple(size)[-2:]
-    channels = source.get("num_channels", "in_channels", "in_chans") or 3
+    channels = source.get("num_channels", "in_channels", "in_chans") or RGB
     frames = source.get("num_frames")
     return source.normal(BATCH, *((frames,) if frames else ()), channels, height, width)
 

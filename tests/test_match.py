@@ -180,3 +180,14 @@ def test_matching_is_a_union_less_a_union(targets: list[str], exclude: list[str]
     else:
         with pytest.raises(TargetError, match="leaves nothing of them"):
             match_sites(sites, targets, exclude)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "t5", "opt"])
+def test_all_linear_is_what_peft_takes(name: str) -> None:
+    """PEFT takes every linear layer of a language model but its output embedding."""
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
+
+    chosen = _maybe_include_all_linear_layers(LoraConfig(target_modules="all-linear"), ZOO[name].build())
+    ours = {site.owner for site in match_sites(sites_of(name), "all-linear")}
+    assert ours == {site.owner for site in match_sites(sites_of(name), list(chosen.target_modules))}
