@@ -8,6 +8,7 @@ from functools import cache
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from lora2fx.errors import TargetError
 from lora2fx.passes.match import coverage, match_sites
@@ -19,11 +20,12 @@ from tests.zoo import ZOO
 def sites_of(name: str) -> tuple[Site, ...]:
     """The sites of a zoo model by the zoo's truth: a fused weight has one a role; what has no role is unknown."""
     sites = []
-    for weight, value in ZOO[name].build().named_parameters(remove_duplicate=False):
+    model = ZOO[name].build()
+    for weight, value in model.named_parameters(remove_duplicate=False):
         owner, _, parameter = weight.rpartition(".")
         truth = ZOO[name].roles.get(weight, "unknown")
         for role, columns in truth.items() if isinstance(truth, Mapping) else ((truth, None),):
-            if value.dim() > 1 and "embed" not in weight:
+            if value.dim() > 1 and not isinstance(model.get_submodule(owner), nn.Embedding):
                 layout = Layout(contracted=(1,), free=(0,))
                 sites.append(Site(weight, owner, parameter, tuple(value.shape), layout, role, columns=columns))
     return tuple(sites)
