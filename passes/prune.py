@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from lora2fx.adapter import Adapter
 from lora2fx.errors import AdapterError
-from lora2fx.passes.entries import adapter_entry, count, totals
+from lora2fx.passes.entries import adapter_entry, totals
 from lora2fx.program import Program
 from lora2fx.reports import Report
 

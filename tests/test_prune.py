@@ -96,7 +96,7 @@ def test_a_state_that_cannot_be_sliced_is_refused_and_nothing_changes():
     program = masked_program(model)
     optimizer = torch.optim.Adafactor([p for p in model.parameters() if p.requires_grad], lr=0.01)
     steps(model, optimizer, 1)
-    before = {name: parameter for name, parameter in model.named_parameters()}
+    before = dict(model.named_parameters())
     with pytest.raises(AdapterError, match=r"Adafactor keeps '\w+' of shape .* can't be sliced along"):
         prune_ranks(program, optimizer)
     assert dict(model.named_parameters()) == before

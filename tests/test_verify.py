@@ -1,0 +1,300 @@
+"""Verification: a right rewrite passes at rounding error, every wrong one is caught and blamed on its own site."""
+
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from lora2fx.errors import VerifyError
+from lora2fx.inputs import Inputs
+from lora2fx.methods.lora import LoRA
+from lora2fx.methods.lora2 import LoRA2
+from lora2fx.passes.install import adapted_class
+from lora2fx.passes.outputs import difference, identical
+from lora2fx.passes.probe import SIZE, randomise
+from lora2fx.passes.verify import reference_outputs, verify_rewrites
+from tests.programs import OUT_IN, SITES, Site, Small, adapt, small_inputs, states
+
+METHODS = {"lora2": LoRA2(r=3, k=2), "lora2 published": LoRA2.paper(r=3, k=2), "lora": LoRA(r=2, lora_dropout=0.3)}
+
+
+def tamper(program, path, old, new):
+    """Make the owner's generated forward wrong, in a way that survives copying."""
+    owner = program.root.get_submodule(path)
+    recipe = type(owner).recipe
+    assert old in recipe.source, recipe.source
+    owner.__class__ = adapted_class(type(owner).original_class, replace(recipe, source=recipe.source.replace(old, new)))
+
+
+def rewritten(method=METHODS["lora2"], model=None, sites=SITES, **options):
+    model = Small() if model is None else model
+    reference = reference_outputs(model, small_inputs())
+    return adapt(model, method, sites, **options), reference
+
+
+def failing(verification):
+    return {(check["check"], check["mode"]) for check in verification.checks if not check["passed"]}
+
+
+@pytest.mark.parametrize(
+    ("method", "sites"),
+    [("lora2", SITES), ("lora2 published", SITES), ("lora2", SITES[4:]), ("lora", SITES[:3])],
+    ids=["lora2", "lora2 published", "lora2 on the root", "lora with dropout"],
+)
+def test_right_rewrites_pass_at_rounding_error(method, sites):
+    program, reference = rewritten(METHODS[method], sites=sites)
+    found = verify_rewrites(program, small_inputs(), reference)
+    assert (found.status, found.failed) == ("passed", ())
+    assert found.max_error < 1e-14
+    assert [check["check"] for check in found.checks] == ["base"] * 3 + ["folded"] * 3 + ["gradient"] + ["masked"] * 3
+    assert not any(check["vacuous"] for check in found.checks)
+    effects = [check["effect"] for check in found.checks if check["check"] == "folded"]
+    assert min(effects) > 0.01
+    assert found.to_dict()["checks"] == list(found.checks)
+
+
+@pytest.mark.parametrize("rewrite", ["weight", "property"])
+def test_every_rewrite_passes(rewrite):
+    names = ["linear.lora2fx_weight", "fused.lora2fx_weight_key", "fused.lora2fx_weight_value", "conv.lora2fx_weight"]
+    program, reference = rewritten(sites=SITES[:4], plans=dict.fromkeys(names, rewrite))
+    found = verify_rewrites(program, small_inputs(), reference)
+    assert (found.status, {adapter.rewrite for adapter in program.adapters.values()}) == ("passed", {rewrite})
+
+
+ADD = "add = linear + type_as_2"
+THOUSANDTH = "add = linear + (type_as_2 - 1e-3 * (type_as_2 - type_as_2.detach()))"
+WRONG = {
+    "a scale off by 1 in 1e6": ("linear", ADD, "add = linear + 1.000001 * type_as_2", "folded"),
+    "an update left out": ("linear", ADD, "add = linear", "folded"),
+    "another's columns": ("fused", "weight_key.columns", "weight_key.columns + 1", "folded"),
+    "a mask that became a constant": ("conv", "mask = self.lora2fx_weight.mask", "mask = 1", "masked"),
+    "a path without gradient": ("fused", "self.lora2fx_weight_value.u", "self.lora2fx_weight_value.u.data", "gradient"),
+    "a gradient off by a thousandth": ("linear", ADD, THOUSANDTH, "gradient"),
+    "a base that moved": ("conv", "bias = self.bias", "bias = self.bias + 1e-15", "base"),
+    "a forward that raises": ("conv", "bias = self.bias", "bias = self.nowhere", "base"),
+    "a shape that moved": ("linear", ADD, "add = (linear + type_as_2)[:1]", "base"),
+    "a NaN": ("linear", ADD, "add = linear + type_as_2 + float('nan')", "base"),
+}
+
+
+@pytest.mark.parametrize(("path", "old", "new", "check"), WRONG.values(), ids=WRONG.keys())
+def test_a_wrong_rewrite_is_caught_and_blamed_on_its_site(path, old, new, check):
+    program, reference = rewritten()
+    tamper(program, path, old, new)
+    found = verify_rewrites(program, small_inputs(), reference)
+    own = {name for name, adapter in program.adapters.items() if adapter.site.owner == path}
+    assert found.status == "failed"
+    assert check in {name for name, _ in failing(found)}
+    assert set(found.failed) <= own and found.failed
+    if check == "gradient":
+        assert failing(found) == {("gradient", "eval with gradients")}
+
+
+def test_what_is_wrong_in_train_mode_only_is_caught():
+    program, reference = rewritten()
+    tamper(program, "", "drop = self.drop(norm)", "drop = norm")
+    found = verify_rewrites(program, small_inputs(), reference)
+    assert failing(found) == {("base", "train"), ("folded", "train"), ("masked", "train")}
+    assert found.failed == ("lora2fx_experts",)
+
+
+def test_two_wrong_rewrites_are_both_named():
+    program, reference = rewritten()
+    tamper(program, "linear", ADD, "add = linear - type_as_2")
+    tamper(program, "conv", "add = weight + type_as_1", "add = weight + 2 * type_as_1")
+    found = verify_rewrites(program, small_inputs(), reference)
+    assert set(found.failed) == {"linear.lora2fx_weight", "conv.lora2fx_weight"}
+
+
+def snapshot(model):
+    """All that verification must leave alone."""
+    return {
+        "values": states(model),
+        "objects": [id(value) for value in (*model.parameters(), *model.buffers())],
+        "gradients": [None if p.grad is None else p.grad.clone().tolist() for p in model.parameters()],
+        "flags": [(module.training, type(module)) for module in model.modules()],
+        "trainable": [parameter.requires_grad for parameter in model.parameters()],
+        "generators": (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()),
+        "global": (torch.is_grad_enabled(), torch.backends.mha.get_fastpath_enabled()),
+    }
+
+
+@pytest.mark.parametrize("wrong", [None, ("conv", "bias = self.bias", "bias = self.nowhere")], ids=["right", "raising"])
+def test_everything_is_as_before(wrong):
+    model = Small()
+    model.norm.train()
+    before = snapshot(model)
+    reference = reference_outputs(model, small_inputs())
+    assert snapshot(model) == before
+    program = adapt(model, METHODS["lora2"])
+    if wrong:
+        tamper(program, *wrong)
+    for adapter in program.adapters.values():
+        adapter.lam.grad = torch.ones_like(adapter.lam)
+    inputs = small_inputs()
+    before, given = snapshot(model), inputs.args[0].clone()
+    assert verify_rewrites(program, inputs, reference).status == ("failed" if wrong else "passed")
+    assert snapshot(model) == before
+    assert torch.equal(inputs.args[0], given)
+
+
+class Moody(nn.Module):
+    """Raises in the nth call; moves a buffer, the train flag and every generator before."""
+
+    def __init__(self, raises_in):
+        super().__init__()
+        self.linear = nn.Linear(4, 4).double()
+        self.register_buffer("calls", torch.zeros(()))
+        self.count, self.raises_in = 0, raises_in
+
+    def forward(self, x):
+        self.count += 1
+        self.calls += 1
+        self.calls = self.calls.clone()
+        self.linear.train(not self.linear.training)
+        random.random(), np.random.rand(), torch.rand(())
+        if self.count == self.raises_in:
+            raise RuntimeError("no mood")
+        return self.linear(x)
+
+
+def test_a_raising_base_model_is_left_as_it_was():
+    model = Moody(raises_in=3)
+    before = snapshot(model)
+    with pytest.raises(RuntimeError, match="no mood"):
+        reference_outputs(model, small_inputs())
+    assert snapshot(model) == before
+
+
+def test_a_base_that_cannot_train_on_these_inputs_is_said():
+    model = Moody(raises_in=5)
+    site = Site("linear.weight", "linear", "weight", (4, 4), OUT_IN)
+    reference = reference_outputs(model, small_inputs())
+    assert set(reference.outputs) == {"eval", "eval with gradients"}
+    found = verify_rewrites(adapt(model, METHODS["lora2"], [site]), small_inputs(), reference)
+    assert found.status == "passed"
+    assert "raises RuntimeError: no mood" in found.checks[-1]["note"]
+
+
+class Noisy(nn.Module):
+    """Not the same twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4).double()
+        self.generator = np.random.default_rng(0)
+
+    def forward(self, x):
+        return self.linear(x) * (1 + 1e-13 * self.generator.random())
+
+
+def test_a_base_that_does_not_repeat_itself_is_compared_within_the_tolerance():
+    model = Noisy()
+    reference = reference_outputs(model, small_inputs())
+    site = Site("linear.weight", "linear", "weight", (4, 4), OUT_IN)
+    found = verify_rewrites(adapt(model, METHODS["lora2"], [site]), small_inputs(), reference)
+    assert reference.unstable == {"eval", "eval with gradients", "train"}
+    assert found.status == "passed"
+    assert all("does not repeat itself" in check["note"] for check in found.checks if check["check"] == "base")
+
+
+class Hidden(nn.Module):
+    """One weight that hardly shows in the output, and one that does not at all."""
+
+    def __init__(self):
+        super().__init__()
+        self.faint, self.unused = nn.Linear(4, 4).double(), nn.Linear(4, 4).double()
+
+    def forward(self, x):
+        self.unused(x)
+        return x + 1e-12 * self.faint(x)
+
+
+def test_a_check_that_shows_nothing_says_so():
+    model = Hidden()
+    sites = [Site(f"{name}.weight", name, "weight", (4, 4), OUT_IN) for name in ("faint", "unused")]
+    program, reference = rewritten(model=model, sites=sites)
+    found = verify_rewrites(program, small_inputs(), reference)
+    checks = {(check["check"], check["mode"]): check for check in found.checks}
+    assert found.status == "passed"
+    assert checks["folded", "eval"]["vacuous"]
+    assert "hardly changes the outputs" in checks["folded", "eval"]["note"]
+    assert checks["gradient", "eval with gradients"]["note"].startswith(
+        "no finite gradient reaches unused.lora2fx_weight"
+    )
+
+
+def test_what_the_outputs_do_not_show_the_gradient_does():
+    program, reference = rewritten(model=Hidden(), sites=[Site("faint.weight", "faint", "weight", (4, 4), OUT_IN)])
+    tamper(program, "faint", ADD, "add = linear + 1.1 * type_as_2")
+    found = verify_rewrites(program, small_inputs(), reference)
+    assert failing(found) == {("gradient", "eval with gradients")}
+    assert found.failed == ("faint.lora2fx_weight",)
+
+
+def test_adapters_that_start_away_from_zero_are_refused():
+    program, reference = rewritten()
+    with torch.no_grad():
+        program.adapters["conv.lora2fx_weight"].V.fill_(1)
+    with pytest.raises(VerifyError, match=r"conv\.lora2fx_weight: ΔW is not 0 before training"):
+        verify_rewrites(program, small_inputs(), reference)
+
+
+def test_a_model_that_cannot_be_copied_is_refused_with_the_way_out():
+    program, reference = rewritten()
+    program.root.stream = (item for item in ())
+    with pytest.raises(VerifyError, match=r"Small can't be copied .*generator.* verify=False"):
+        verify_rewrites(program, small_inputs(), reference)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_narrow_dtypes_pass_with_their_own_tolerance(dtype):
+    model = Small().to(dtype)
+    inputs = small_inputs(dtype)
+    reference = reference_outputs(model, inputs)
+    program = adapt(model, METHODS["lora2"])
+    assert verify_rewrites(program, inputs, reference).status == "passed"
+    tamper(program, "linear", ADD, "add = linear - type_as_2")
+    found = verify_rewrites(program, inputs, reference)
+    assert (found.status, found.failed) == ("failed", ("linear.lora2fx_weight",))
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
+@pytest.mark.parametrize("site", SITES, ids=[f"{site.weight} {site.role}" for site in SITES])
+def test_random_factors_have_the_announced_size(method, site):
+    model = Small()
+    adapter = method.adapter(site).double()
+    weight = model.get_parameter(site.weight)
+    randomise(adapter, weight, torch.Generator().manual_seed(0))
+    assert (adapter.delta().norm() / weight.norm()).item() == pytest.approx(SIZE, rel=1e-9)
+
+
+def test_outputs_with_infinities_are_compared_where_they_are_finite():
+    a = torch.tensor([1.0, -float("inf"), float("nan")])
+    b = torch.tensor([1.5, -float("inf"), float("nan")])
+    assert identical([a], [a.clone()]) and not identical([a], [b])
+    assert difference([a], [b]) == pytest.approx(0.5 / 1.5)
+    assert difference([b.nan_to_num()], [b]) == float("inf")
+    assert difference([a], [a, a]) == float("inf")
+    assert difference([torch.tensor([1, 2])], [torch.tensor([1, 3])]) == 0
+
+
+def test_inputs_that_the_forward_changes_are_the_same_in_every_run():
+    class Eager(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4).double()
+
+        def forward(self, x, cache):
+            x.add_(1)
+            cache.append(x)
+            return self.linear(x) * len(cache)
+
+    model, inputs = Eager(), Inputs((torch.ones(2, 4).double(), []))
+    reference = reference_outputs(model, inputs)
+    program = adapt(model, METHODS["lora2"], [Site("linear.weight", "linear", "weight", (4, 4), OUT_IN)])
+    assert verify_rewrites(program, inputs, reference).status == "passed"
+    assert inputs.args[1] == [] and torch.equal(inputs.args[0], torch.ones(2, 4).double())
