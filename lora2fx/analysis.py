@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -37,16 +38,23 @@ def tied_weights(model: nn.Module) -> dict[str, tuple[str, ...]]:
     return {name: tuple(other for other in names if other != name) for names in shared for name in names}
 
 
+def _inputs(model: nn.Module, example_inputs: ExampleInputs | None, roles_needed: bool) -> Inputs | None:
+    if example_inputs is not None:
+        return as_inputs(model, example_inputs)
+    if roles_needed:
+        return synthesise(model)
+    with suppress(InputsError):
+        return synthesise(model) if is_pretrained(model) else None
+    return None
+
+
 def analyse(model: nn.Module, example_inputs: ExampleInputs | None, roles_needed: bool) -> ModelAnalysis:
     """Record one forward and assign roles; without inputs for a plain module, the sites by name alone.
 
     Raises `InputsError` where roles are needed and nothing says how to call the model.
     """
-    if example_inputs is not None:
-        inputs = as_inputs(model, example_inputs)
-    elif is_pretrained(model) or roles_needed:
-        inputs = synthesise(model)
-    else:
+    inputs = _inputs(model, example_inputs, roles_needed)
+    if inputs is None:
         sites, rest = static_sites(model)
         return ModelAnalysis(sites, rest, ties=tied_weights(model))
     recording = record(model, inputs)

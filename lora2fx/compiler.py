@@ -16,7 +16,7 @@ from lora2fx.heads import saved_modules
 from lora2fx.inputs import ExampleInputs
 from lora2fx.methods.lora2 import LoRA2
 from lora2fx.passes.install import Adapted, restore_owners
-from lora2fx.passes.match import match_sites
+from lora2fx.passes.match import coverage, match_sites
 from lora2fx.passes.rewrite import child_name, plan_rewrite, rewrite_owners
 from lora2fx.passes.verify import Verification, reference_outputs, verify_rewrites
 from lora2fx.program import RECORD, Method, Program, Record
@@ -183,7 +183,7 @@ def transform(
     found = analyse(model, example_inputs, needs_roles(targets) or needs_roles(exclude))
     saved = saved_modules(model, modules_to_save)
     free = tuple(site for site in found.sites if not any(site.weight.startswith(path + ".") for path in saved))
-    sites = match_sites(free, targets, exclude)
+    sites = match_sites(free, targets, exclude, found.rest)
     trainable = frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad)
     check = verify and found.inputs is not None
     with _all_or_nothing(model):
@@ -196,7 +196,7 @@ def transform(
         if untied and getattr(model, "config", None) is not None:
             setattr(model.config, TIED, False)
         skipped = _skipped(found, sites, saved)
-        record = Record(method, trainable, saved, _originals(model, saved), untied, skipped=skipped)
+        record = Record(method, trainable, saved, _originals(model, saved), untied, {}, skipped, coverage(free, sites))
         program = _program(model, sites, record, seed)
         plans = {
             name: plan_rewrite(model, adapter.site, found.outside_reads) for name, adapter in program.adapters.items()

@@ -56,5 +56,5 @@ def report_model(model: nn.Module) -> Report:
         (*entries, *program.record.skipped),
         totals(program),
         program.record.verify,
-        {"modules_to_save": list(program.record.modules_to_save)},
+        {"modules_to_save": list(program.record.modules_to_save), "coverage": program.record.coverage},
     )

@@ -32,7 +32,7 @@ class Record:
     """What `transform` leaves on the model beside the adapters, for the passes that undo and report it.
 
     `originals` are the values before training of everything in `modules_to_save`; `untied` the Parameters that
-    adapted weights were tied to, by weight.
+    adapted weights were tied to, by weight. `coverage` says where only some of repeated blocks were matched.
     """
 
     method: Method
@@ -42,6 +42,7 @@ class Record:
     untied: dict[str, nn.Parameter] = field(default_factory=dict)
     verify: dict[str, Any] = field(default_factory=dict)
     skipped: tuple[dict[str, Any], ...] = ()
+    coverage: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
