@@ -1,0 +1,159 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lora2fx.errors import ScheduleError
+from lora2fx.methods.lora2 import LoRA2
+from lora2fx.training.allocator import keep_highest, write_allocation
+from lora2fx.training.slots import Step
+from tests.adapted import linear_site
+
+# Few distinct values, so that ties are the rule.
+scores = st.lists(
+    st.lists(st.sampled_from([0.0, 1e-30, 1e-20, 0.5, 1.0]), min_size=0, max_size=6), min_size=1, max_size=5
+)
+
+
+@given(scores, st.integers(-2, 40))
+def test_keeps_exactly_the_budget_and_the_highest(values, budget):
+    total = sum(map(len, values))
+    tensors = [torch.tensor(row, dtype=torch.float64) for row in values]
+    kept = keep_highest(tensors, budget)
+    assert [keep.shape for keep in kept] == [tensor.shape for tensor in tensors]
+    assert sum(int(keep.sum()) for keep in kept) == min(max(budget, 0), total)
+    inside = [v for row, keep in zip(values, kept, strict=True) for v, k in zip(row, keep.tolist(), strict=True) if k]
+    outside = [
+        v for row, keep in zip(values, kept, strict=True) for v, k in zip(row, keep.tolist(), strict=True) if not k
+    ]
+    assert not inside or not outside or min(inside) >= max(outside)
+
+
+@given(scores, st.integers(0, 30))
+def test_ties_go_by_position(values, budget):
+    """The dropped ones are the first by (score, adapter, entry)."""
+    tensors = [torch.tensor(row, dtype=torch.float64) for row in values]
+    kept = torch.cat(keep_highest(tensors, budget))
+    order = sorted(range(len(kept)), key=lambda i: (float(torch.cat(tensors)[i]), i))
+    dropped = set(order[: max(0, len(order) - budget)])
+    assert {i for i in range(len(kept)) if not kept[i]} == dropped
+
+
+def test_all_equal_scores_drop_the_first():
+    kept = keep_highest([torch.zeros(3), torch.zeros(2)], 2)
+    assert [keep.tolist() for keep in kept] == [[False, False, False], [True, True]]
+
+
+@given(st.floats(1e-38, 1e-20), st.integers(0, 5))
+def test_scores_far_below_one_are_told_apart(size, budget):
+    values = torch.arange(1, 6, dtype=torch.float32) * size
+    assert keep_highest([values], budget)[0].tolist() == [i >= 5 - budget for i in range(5)]
+
+
+def lora2(**settings):
+    settings = {"r": 4, "k": 2, "target_r": 2, "tinit": 1, "tfinal": 3, "deltaT": 1} | settings
+    return LoRA2(**settings)
+
+
+def prepared(method, sizes=((6, 5), (5, 3))):
+    torch.manual_seed(0)
+    adapters = [method.adapter(linear_site(f"layer{i}", *size)).double() for i, size in enumerate(sizes)]
+    return adapters, method.training().allocators
+
+
+def set_scores(adapters, allocator, values):
+    for adapter, row in zip(adapters, values, strict=True):
+        for name in allocator.tracked:
+            adapter.get_buffer(f"{name}_sensitivity").zero_()
+        adapter.lam_sensitivity.copy_(torch.tensor(row, dtype=torch.float64))
+        adapter.lam_uncertainty.fill_(1.0)
+
+
+def test_a_pruned_value_grows_back_before_the_final_phase_and_never_in_it():
+    adapters, (allocator,) = prepared(lora2())
+    set_scores(adapters, allocator, [[4, 3, 2, 1], [8, 7, 6, 5]])
+    # T = 10: events from step 2, the final phase from step 7; a budget of 4 of 8 at its start.
+    allocator._allocate(adapters, 4, final=False)
+    assert [a.keep.tolist() for a in adapters] == [[False] * 4, [True] * 4]
+    assert all(a.mask.all() for a in adapters)
+    assert adapters[0].lam.tolist() == [0.0] * 4
+    with torch.no_grad():
+        adapters[0].lam.fill_(0.3)
+    set_scores(adapters, allocator, [[9, 9, 9, 9], [8, 7, 6, 5]])
+    allocator._allocate(adapters, 4, final=True)
+    assert adapters[0].mask.tolist() == [True] * 4
+    assert adapters[0].lam.tolist() == pytest.approx([0.3] * 4)
+    assert not adapters[1].mask.any()
+    set_scores(adapters, allocator, [[1, 1, 1, 1], [99, 99, 99, 99]])
+    allocator._allocate(adapters, 4, final=True)
+    assert adapters[0].mask.tolist() == [True] * 4, "what is masked can't come back, whatever its score"
+
+
+def test_gradient_reaches_a_zeroed_value_but_not_a_masked_one():
+    adapters, _ = prepared(lora2(init="gaussian"))
+    adapter = adapters[0]
+    keep = torch.tensor([True, False, True, False])
+    with torch.no_grad():
+        adapter.lam.fill_(1.0)
+    for final, reaches in ((False, True), (True, False)):
+        write_allocation(adapter.axes()["lambda"], keep, final)
+        adapter.zero_grad()
+        adapter.delta().square().sum().add(adapter.delta().sum()).backward()
+        assert (adapter.lam.grad[~keep] != 0).all() == reaches
+        assert (adapter.lam.grad[~keep] == 0).all() != reaches
+
+
+def test_columns_are_pruned_for_good():
+    adapters, (allocator,) = prepared(lora2(target_r=None, target_k=1))
+    for adapter, size in zip(adapters, (1.0, 2.0), strict=True):
+        for name in ("u", "V"):
+            adapter.get_buffer(f"{name}_sensitivity").fill_(size)
+            adapter.get_buffer(f"{name}_uncertainty").fill_(size)
+    allocator._allocate(adapters, 2, final=False)
+    assert [a.column_mask.tolist() for a in adapters] == [[False, False], [True, True]]
+    adapters[0].u_sensitivity.fill_(100.0)
+    allocator._allocate(adapters, 2, final=False)
+    assert [a.column_keep.tolist() for a in adapters] == [[False, False], [True, True]]
+
+
+@pytest.mark.parametrize("target", [0, 4])
+def test_everything_and_nothing_can_be_pruned(target):
+    adapters, (allocator,) = prepared(lora2(target_r=target))
+    for index in range(10):
+        for adapter in adapters:
+            for parameter in adapter.parameters():
+                parameter.grad = torch.ones_like(parameter)
+        allocator.after_step(adapters, Step(index, 10))
+    assert [int(a.mask.sum()) for a in adapters] == [target] * 2
+    assert all(a.delta().norm() == 0 for a in adapters)
+
+
+def test_the_budget_is_over_all_adapters_together_whatever_their_ranks():
+    method = lora2(rank_pattern={"layer1": 6}, target_r=2.5)
+    adapters, (allocator,) = prepared(method)
+    assert [allocator.budgets(adapters, step, 10) for step in (0, 1, 9)] == [
+        {"lambda": 10},
+        {"lambda": 10},
+        {"lambda": 5},
+    ]
+
+
+def test_a_target_above_what_there_is_is_refused():
+    method = lora2(rank_pattern={"layer1": 6}, target_r=5.5)
+    adapters, (allocator,) = prepared(method)
+    with pytest.raises(ScheduleError, match=r"axis 'lambda' is 5.5 entries in each of 2 adapters, 11 in all.* only 10"):
+        allocator.check(adapters, 10)
+
+
+def test_both_axes_have_their_own_budgets():
+    adapters, allocators = prepared(lora2(target_r=2, target_k=1))
+    for index in range(10):
+        for adapter in adapters:
+            for parameter in adapter.parameters():
+                parameter.grad = torch.randn_like(parameter)
+        for allocator in allocators:
+            allocator.after_step(adapters, Step(index, 10))
+    assert sum(int(a.mask.sum()) for a in adapters) == 4
+    assert sum(int(a.column_mask.sum()) for a in adapters) == 2
