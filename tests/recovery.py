@@ -33,7 +33,7 @@ class Recovery:
     def errors(self):
         """Relative error of each ΔW."""
         found = (adapter.weight_delta() for adapter in self.adapters)
-        return [float((a - b).norm() / b.norm()) for a, b in zip(found, self.truth, strict=True)]
+        return [float((a.detach() - b).norm() / b.norm()) for a, b in zip(found, self.truth, strict=True)]
 
 
 def recovery(method, seed: int) -> Recovery:
