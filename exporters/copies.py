@@ -18,6 +18,7 @@ from lora2fx.adapter import Adapter
 from lora2fx.errors import AdapterError, ExportError
 from lora2fx.passes.fold import fold_adapters
 from lora2fx.passes.install import restore_owners
+from lora2fx.passes.unload import unload_adapters
 from lora2fx.program import RECORD, Program, program_of
 from lora2fx.reports import Report
 
@@ -85,6 +86,14 @@ def merged_copy(model: nn.Module, asked: str) -> tuple[nn.Module, Report]:
     return merged, fold_adapters(program_of(merged, asked), strict=True)
 
 
+def unloaded_copy(model: nn.Module, asked: str) -> nn.Module:
+    """A copy with its adapters taken off, and the modules that were trained whole as they were before."""
+    heads = {id(p) for path in program_of(model, asked).record.modules_to_save for p in _saved(model, path)}
+    copied = _shallow(model, heads)
+    unload_adapters(program_of(copied, asked))
+    return copied
+
+
 def double_copy(model: nn.Module) -> nn.Module:
     """A float64 copy that shares nothing with the model."""
     return _full(model).double()
@@ -119,6 +128,10 @@ def bind_constants(model: nn.Module, constants: Mapping[str, Any]) -> None:
 def _delta(adapters: list[Adapter]) -> Tensor:
     with torch.no_grad():
         return sum((adapter.exact().weight_delta() for adapter in adapters[1:]), adapters[0].exact().weight_delta())
+
+
+def _saved(model: nn.Module, path: str) -> list[nn.Parameter]:
+    return list(program_of(model, path).root.get_submodule(path).parameters())
 
 
 def _site_weights(program: Program) -> dict[str, Tensor]:

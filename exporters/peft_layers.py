@@ -1,0 +1,95 @@
+"""Which adapted weights PEFT can carry, and their LoRA tensors in its shapes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from lora2fx.adapter import Adapter
+from lora2fx.errors import ExportError
+from lora2fx.exporters.low_rank import LowRank, low_rank
+from lora2fx.passes.install import Adapted
+from lora2fx.program import Program
+from lora2fx.site import Layout
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One module that PEFT gives a LoRA: its path, its update, and how its weight lies."""
+
+    path: str
+    update: LowRank
+    transposed: bool
+    kernel: tuple[int, ...]
+
+    def tensors(self, rank: int) -> dict[str, Tensor]:
+        """PEFT's two tensors of that rank: lora_A (rank, in, *kernel) and lora_B (out, rank, 1, ...), float32."""
+        update = self.update.padded(rank)
+        ones = (1,) * len(self.kernel)
+        a = update.a.reshape(rank, -1, *self.kernel)
+        b = update.b.reshape(-1, rank, *ones)
+        prefix = f"base_model.model.{self.path}"
+        return {
+            f"{prefix}.lora_A.weight": a.float().contiguous(),
+            f"{prefix}.lora_B.weight": b.float().contiguous(),
+        }
+
+
+def peft_layers(program: Program) -> list[Layer]:
+    """A layer for every adapted module whose ΔW isn't 0.
+
+    Raises `ExportError` listing the weights that no PEFT module owns, and where nothing is left.
+    """
+    adapters: dict[str, list[Adapter]] = {}
+    for adapter in program.adapters.values():
+        adapters.setdefault(adapter.site.weight, []).append(adapter)
+    refused = {weight: why for weight, own in adapters.items() if (why := _reason(program.root, own[0]))}
+    if refused:
+        listed = "; ".join(f"{weight} ({why})" for weight, why in refused.items())
+        raise ExportError(
+            f"PEFT has no LoRA module for {listed}. Leave them out of transform's targets, or export the merged model"
+            " with export_safetensors or export_onnx."
+        )
+    layers = [_layer(program.root, own) for own in adapters.values()]
+    left = [layer for layer in layers if layer.update.rank]
+    if not left:
+        raise ExportError(
+            f"every one of the {len(layers)} adapted weights has rank 0: there is nothing that a LoRA could hold. Train"
+            " longer, or prune less."
+        )
+    return left
+
+
+def _layer(root: nn.Module, adapters: list[Adapter]) -> Layer:
+    site = adapters[0].site
+    kernel = site.shape[2:] if issubclass(_class(root, adapters[0]), _CONVOLUTIONS) else ()
+    return Layer(site.owner, low_rank(adapters), site.layout.contracted == (0,), kernel)
+
+
+def _class(root: nn.Module, adapter: Adapter) -> type[nn.Module]:
+    owner = root.get_submodule(adapter.site.owner)
+    return owner.original_class if isinstance(owner, Adapted) else type(owner)
+
+
+def _reason(root: nn.Module, adapter: Adapter) -> str | None:
+    """Why PEFT can't carry this weight, or None."""
+    site, cls = adapter.site, _class(root, adapter)
+    if not site.owner:
+        return "the model itself owns it"
+    if site.parameter != "weight" or not (cls is nn.Linear or _is_conv1d(cls) or cls in _CONVOLUTIONS):
+        return f"parameter {site.parameter!r} of a {cls.__name__}"
+    if adapter.rewrite == "property":
+        return f"read from outside its {cls.__name__}, or by a forward that can't be traced"
+    owner = root.get_submodule(site.owner)
+    if getattr(owner, "groups", 1) != 1:
+        return f"a {cls.__name__} of {owner.groups} groups"
+    expected = Layout((0,), (1,)) if _is_conv1d(cls) else Layout(tuple(range(1, len(site.shape))), (0,))
+    return None if site.layout == expected else f"multiplied along dimensions {site.layout.contracted}"
+
+
+def _is_conv1d(cls: type[nn.Module]) -> bool:
+    """transformers' Conv1D, a linear layer whose weight lies (in, out); told by name and module, to import nothing."""
+    return cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils"
