@@ -24,7 +24,7 @@ def _restore_container(container: Any, saved: Any) -> None:
 
 
 def _attributes_of(module: nn.Module) -> Callable[[], None]:
-    """How to give `module` back its attributes (train flag, buffers and caches among them) and its containers' items."""
+    """How to give `module` back its attributes (train flag, buffers, caches) and what its containers held."""
     before = dict(vars(module))
     items = [(value, value.copy()) for value in before.values() if type(value) in _CONTAINERS]
 
@@ -43,7 +43,7 @@ def _buffers_of(model: nn.Module) -> Callable[[], None]:
     def restore() -> None:
         with torch.no_grad():
             for buffer, value in saved:
-                buffer.set_(value) if buffer.shape != value.shape else buffer.copy_(value)
+                buffer.resize_(value.shape).copy_(value)
 
     return restore
 

@@ -45,12 +45,15 @@ class Readers:
     def __init__(self, model: nn.Module) -> None:
         self._codes = {id(module): forward_codes(module) for module in model.modules() if module._parameters}
 
+    def _runs(self, frame: FrameType, owner: nn.Module) -> bool:
+        return frame.f_code in self._codes[id(owner)] and _first_argument(frame) is owner
+
     def running(self, owners: Sequence[nn.Module]) -> nn.Module | None:
         """The innermost of `owners` whose own forward is on the stack, if any."""
         frame: FrameType | None = sys._getframe(1)
         while frame is not None:
             for owner in owners:
-                if frame.f_code in self._codes[id(owner)] and _first_argument(frame) is owner:
+                if self._runs(frame, owner):
                     return owner
             frame = frame.f_back
         return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -62,12 +62,12 @@ class Recorder(TorchDispatchMode):
     """
 
     def __init__(self, model: nn.Module, inputs: Iterable[Tensor], readers: Readers) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.values, self.ops = list[Value](), list[Op]()
         self.parameters, self.constants = dict[int, str](), dict[int, Tensor]()
         self.outside = set[str]()
         self._readers = readers
-        self._known = WeakTensorKeyDictionary()
+        self._known: MutableMapping[Tensor, int] = WeakTensorKeyDictionary()
         self._storages = dict[int, StorageWeakRef]()  # held, so that no freed storage's address is used again
         self._writes = defaultdict[int, list[int]](list)
         self._homes = dict[int, int]()
@@ -95,7 +95,7 @@ class Recorder(TorchDispatchMode):
 
     def _new_value(self, tensor: Tensor, producer: int | None) -> int:
         strided = tensor.layout is torch.strided
-        stride, offset = (tuple(tensor.stride()), tensor.storage_offset()) if strided else ((0,) * tensor.dim(), 0)
+        stride, offset = (tuple(tensor.stride()), int(tensor.storage_offset())) if strided else ((0,) * tensor.dim(), 0)
         shape = tuple(tensor.shape)
         self.values.append(Value(shape, stride, offset, tensor.dtype, self._storage(tensor), producer))
         self._known[tensor] = len(self.values) - 1

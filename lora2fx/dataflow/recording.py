@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import torch
@@ -33,7 +34,8 @@ class Value:
 
     @property
     def numel(self) -> int:
-        return int(torch.Size(self.shape).numel())
+        """The number of elements."""
+        return prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -78,8 +80,10 @@ class Recording:
     tied: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def producer(self, value: int) -> Op | None:
+        """The op that made a value, None for weights and constants."""
         index = self.values[value].producer
         return None if index is None else self.ops[index]
 
     def same_storage(self, left: int, right: int) -> bool:
+        """Whether two values look at one storage."""
         return self.values[left].storage == self.values[right].storage

@@ -1,0 +1,106 @@
+"""Walk a recording: from a value back to the contractions it is made of, and forward to those it feeds."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from functools import cached_property
+
+import torch
+
+from lora2fx.dataflow.ops import is_constant, is_transparent
+from lora2fx.dataflow.recording import Op, Recording
+
+Ops = frozenset[int]
+_NONE: Ops = frozenset()
+_DISCRETE = (torch.bool, torch.int32, torch.int64)
+"""Token ids, indices and masks: they choose, and are no part of what is computed."""
+
+
+def _union(sets: Iterable[Ops]) -> Ops:
+    distinct = {id(found): found for found in sets if found}
+    return frozenset().union(*distinct.values()) if len(distinct) > 1 else next(iter(distinct.values()), _NONE)
+
+
+class Dataflow:
+    """A recording with the ways through it. `sources` and `sinks` stop at, and name, ops that aren't transparent."""
+
+    def __init__(self, recording: Recording) -> None:
+        self.recording = recording
+        self._transparent = [is_transparent(recording, op) for op in recording.ops]
+
+    def transparent(self, op: Op) -> bool:
+        """Whether `is_transparent`, remembered."""
+        return self._transparent[op.index]
+
+    @cached_property
+    def consumers(self) -> dict[int, tuple[Op, ...]]:
+        """The ops that read each value."""
+        reading = defaultdict[int, list[Op]](list)
+        for op in self.recording.ops:
+            for value in op.inputs:
+                reading[value].append(op)
+        return {value: tuple(ops) for value, ops in reading.items()}
+
+    @cached_property
+    def _sources(self) -> dict[int, Ops]:
+        sources = dict[int, Ops]()
+        for op in self.recording.ops:
+            if self.transparent(op) or is_constant(op):
+                made = _NONE if is_constant(op) else _union(sources.get(value, _NONE) for value in op.inputs)
+            else:
+                made = frozenset({op.index})
+            for value in op.outputs:
+                sources[value] = _NONE if self.recording.values[value].dtype in _DISCRETE else made
+        return sources
+
+    @cached_property
+    def _sinks(self) -> dict[int, Ops]:
+        sinks = defaultdict[int, Ops](frozenset)
+        for op in reversed(self.recording.ops):
+            through = self.transparent(op)
+            met = _union(sinks[value] for value in op.outputs) if through else frozenset({op.index})
+            for value in op.inputs:
+                sinks[value] = _union((sinks[value], met))
+        return sinks
+
+    def sources(self, value: int) -> Ops:
+        """The ops a value is made of, as far back as transparent ops reach; none for weights, constants, indices."""
+        return self._sources.get(value, _NONE)
+
+    def sinks(self, value: int) -> Ops:
+        """The ops that a value feeds, as far on as transparent ops reach."""
+        return self._sinks.get(value, _NONE)
+
+    def between(self, start: int, goal: int) -> list[Op]:
+        """The transparent ops on all ways from value `start` to value `goal`, in the order they ran."""
+        first = self.recording.values[start].producer
+        seen, found, ahead = set[int](), set[int](), [goal]
+        while ahead:
+            value = ahead.pop()
+            op = self.recording.producer(value)
+            if value == start or op is None or op.index in seen or not self.transparent(op):
+                continue
+            seen.add(op.index)
+            if first is None or op.index > first:
+                ahead.extend(op.inputs)
+        reached = {start}
+        for index in sorted(seen):
+            op = self.recording.ops[index]
+            if reached.intersection(op.inputs):
+                reached.update(op.outputs)
+                found.add(index)
+        return [self.recording.ops[index] for index in sorted(found)]
+
+    def behind(self, value: int, through: Ops = _NONE) -> set[int]:
+        """The value and all it is made of, as far back as transparent ops, and those named in `through`, reach."""
+        seen, ahead = set[int](), [value]
+        while ahead:
+            at = ahead.pop()
+            if at in seen:
+                continue
+            seen.add(at)
+            op = self.recording.producer(at)
+            if op is not None and (self.transparent(op) or op.index in through):
+                ahead.extend(op.inputs)
+        return seen
