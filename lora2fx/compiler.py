@@ -39,7 +39,7 @@ def refuse_adapted(model: nn.Module, asked: str) -> None:
 
 
 @contextmanager
-def _all_or_nothing(model: nn.Module) -> Iterator[None]:
+def all_or_nothing(model: nn.Module) -> Iterator[None]:
     """On any error the model has its classes, parameters and flags back."""
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     config = getattr(model, "config", None)
@@ -59,7 +59,7 @@ def _all_or_nothing(model: nn.Module) -> Iterator[None]:
         raise
 
 
-def _untie(model: nn.Module, site: Site, names: tuple[str, ...], untie: bool) -> nn.Parameter:
+def untie_weight(model: nn.Module, site: Site, names: tuple[str, ...], untie: bool) -> nn.Parameter:
     """Give the tied weight its own copy; the shared Parameter is returned, to be put back by `unload`."""
     if not untie:
         raise RewriteError(
@@ -115,7 +115,8 @@ def _verified(program: Program, found: ModelAnalysis, plans: dict[str, str], ref
             plans[name] = plan_rewrite(program.root, site, found.outside_reads, after=plans[name])
 
 
-def _originals(model: nn.Module, paths: Sequence[str]) -> dict[str, torch.Tensor]:
+def originals(model: nn.Module, paths: Sequence[str]) -> dict[str, torch.Tensor]:
+    """Copies of everything in the modules at `paths`, by full name."""
     return {
         f"{path}.{name}": value.detach().clone()
         for path in paths
@@ -186,17 +187,17 @@ def transform(
     sites = match_sites(free, targets, exclude, found.rest)
     trainable = frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad)
     check = verify and found.inputs is not None
-    with _all_or_nothing(model):
+    with all_or_nothing(model):
         reference = reference_outputs(model, found.inputs) if check and found.inputs is not None else None
         untied = {
-            site.weight: _untie(model, site, found.ties[site.weight], untie)
+            site.weight: untie_weight(model, site, found.ties[site.weight], untie)
             for site in sites
             if site.weight in found.ties
         }
         if untied and getattr(model, "config", None) is not None:
             setattr(model.config, TIED, False)
         skipped = _skipped(found, sites, saved)
-        record = Record(method, trainable, saved, _originals(model, saved), untied, {}, skipped, coverage(free, sites))
+        record = Record(method, trainable, saved, originals(model, saved), untied, {}, skipped, coverage(free, sites))
         program = _program(model, sites, record, seed)
         plans = {
             name: plan_rewrite(model, adapter.site, found.outside_reads) for name, adapter in program.adapters.items()
