@@ -12,19 +12,30 @@ from lora2fx.passes.install import restore_owners
 from lora2fx.program import RECORD, Program
 
 
-def _restore_flags(root: nn.Module, trainable: frozenset[str]) -> None:
-    names: dict[nn.Parameter, list[str]] = defaultdict(list)
-    for name, parameter in root.named_parameters(remove_duplicate=False):
-        names[parameter].append(name)
+def _restore_flags(program: Program) -> None:
+    """By any of a Parameter's names; a weight that was untied also has those of the one that it was tied to."""
+    names: dict[nn.Parameter, set[str]] = defaultdict(set)
+    for name, parameter in program.root.named_parameters(remove_duplicate=False):
+        names[parameter].add(name)
+    for weight, shared in program.record.untied.items():
+        for known in names.values():
+            if weight in known:
+                known |= names.get(shared, set())
     for parameter, known in names.items():
-        parameter.requires_grad_(any(name in trainable for name in known))
+        parameter.requires_grad_(not known.isdisjoint(program.record.trainable_before))
 
 
 def detach_adapters(program: Program) -> None:
     """Give the model its classes and requires_grad flags back, and take adapters and record away; values stay."""
     restore_owners(program.root)
     del vars(program.root)[RECORD]
-    _restore_flags(program.root, program.record.trainable_before)
+    _restore_flags(program)
+
+
+def _tie_again(program: Program) -> None:
+    for weight, shared in program.record.untied.items():
+        owner, _, parameter = weight.rpartition(".")
+        program.root.get_submodule(owner)._parameters[parameter] = shared
 
 
 def _targets(program: Program) -> dict[str, tuple[Tensor, Tensor]]:
@@ -45,11 +56,12 @@ def _targets(program: Program) -> dict[str, tuple[Tensor, Tensor]]:
 
 @torch.no_grad()
 def unload_adapters(program: Program) -> None:
-    """The base model back, in place: classes, keys, requires_grad flags, and the values of `modules_to_save`.
+    """The base model back, in place: classes, keys, ties, requires_grad flags, values of `modules_to_save`.
 
     Raises `AdapterError`, with the model as it was, where a module that was trained whole changed its shape.
     """
     pairs = _targets(program)
     for live, original in pairs.values():
         live.copy_(original)
+    _tie_again(program)
     detach_adapters(program)

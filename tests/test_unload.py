@@ -8,6 +8,7 @@ import torch
 from lora2fx.errors import AdapterError
 from lora2fx.methods.lora import LoRA
 from lora2fx.methods.lora2 import LoRA2
+from lora2fx.passes.fold import fold_adapters
 from lora2fx.passes.unload import unload_adapters
 from lora2fx.program import program_of
 from tests.programs import SITES, Small, adapt, randomised, small_inputs, states
@@ -72,3 +73,28 @@ def test_a_tied_parameter_gets_its_flag_back_under_any_of_its_names():
     program = adapt(model, LoRA(r=2), SITES[3:4])
     unload_adapters(program)
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def untied(model):
+    """What `transform(untie=True)` does to `second`, which shares its weight with `linear`, by hand."""
+    shared = model.second.weight
+    model.second.weight = torch.nn.Parameter(shared.detach().clone())
+    program = adapt(model, LoRA(r=2), SITES[3:4])
+    program.record.untied["second.weight"] = shared
+    program.record.trainable_before -= {"second.weight"}  # named once before, as linear.weight
+    return program, shared
+
+
+def test_a_weight_that_was_untied_is_tied_again_and_folding_leaves_it_trainable():
+    model = Small()
+    model.second = torch.nn.Linear(4, 6).double()
+    model.second.weight = model.linear.weight
+    other = copy.deepcopy(model)
+    program, shared = untied(model)
+    unload_adapters(program)
+    assert model.second.weight is model.linear.weight is shared
+    assert shared.requires_grad
+    program, _ = untied(other)
+    fold_adapters(program)
+    assert other.second.weight is not other.linear.weight
+    assert other.second.weight.requires_grad
