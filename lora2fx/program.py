@@ -56,10 +56,12 @@ class Program:
 
     @property
     def method(self) -> Method:
+        """The method that made the adapters."""
         return self.record.method
 
     @property
     def sites(self) -> tuple[Site, ...]:
+        """The adapters' sites, in order."""
         return tuple(adapter.site for adapter in self.adapters.values())
 
 

@@ -38,6 +38,7 @@ class Layout:
 
     @property
     def order(self) -> tuple[int, ...]:
+        """The weight's dimensions, batched ones first, then contracted, then free."""
         return (*self.batch, *self.contracted, *self.free)
 
 
@@ -68,6 +69,7 @@ class Site:
 
     @property
     def in_features(self) -> int:
+        """Rows of the matrix: the contracted dimensions together."""
         return prod(self._sizes(self.layout.contracted))
 
     @property
@@ -77,6 +79,7 @@ class Site:
 
     @property
     def out_features(self) -> int:
+        """Output columns of this site."""
         if self.columns is None:
             return self.weight_out_features
         return sum(stop - start for start, stop in self.columns)

@@ -65,32 +65,53 @@ def observe(model: nn.Module, inputs: Inputs, mode: Mode) -> Outputs:
 
 @dataclass(frozen=True)
 class Reference:
-    """What the base model returns, by mode; `skipped` says why a mode has none, `unstable` which don't repeat."""
+    """What the base model returns, by mode; `skipped` says why a mode has none, `unstable` which don't repeat.
+
+    `frozen` holds what it returns with no parameter requiring gradients, as in an adapted model: torch chooses
+    some kernels by that (attention with a trainable bias), and they round differently.
+    """
 
     outputs: dict[str, Outputs] = field(default_factory=dict)
+    frozen: dict[str, Outputs] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     unstable: frozenset[str] = frozenset()
 
 
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
 def reference_outputs(model: nn.Module, inputs: Inputs) -> Reference:
-    """What the model, not yet adapted, returns in eval, in eval with gradients and in train, each run twice.
+    """What the model, not yet adapted, returns in eval, in eval with gradients and in train, twice and frozen.
 
     The model is as before afterwards. An error in eval is raised; a model that can't run in train mode on these
     inputs (labels missing, a batch too small for BatchNorm) is not compared there, and the verification says so.
     """
     outputs: dict[str, Outputs] = {}
+    frozen: dict[str, Outputs] = {}
     skipped: dict[str, str] = {}
     unstable = set()
     for mode in MODES:
         try:
-            outputs[mode.name] = observe(model, inputs, mode)
-            if not identical(outputs[mode.name], observe(model, inputs, mode)):
+            first, second = observe(model, inputs, mode), observe(model, inputs, mode)
+            with _frozen(model):
+                frozen[mode.name] = observe(model, inputs, mode)
+            outputs[mode.name] = first
+            if not identical(first, second):
                 unstable.add(mode.name)
         except Exception as error:
             if not mode.train:
                 raise
             skipped[mode.name] = f"the base model raises {type(error).__name__}: {error}"
-    return Reference(outputs, skipped, frozenset(unstable))
+    return Reference(outputs, frozen, skipped, frozenset(unstable))
 
 
 def identical(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:

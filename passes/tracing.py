@@ -158,6 +158,8 @@ def _trace_once(owner: nn.Module) -> tuple[fx.Graph, list[str]]:
     try:
         with _unchanged(owner):
             graph = tracer.trace(owner)
+        for node in graph.nodes:
+            node.type = None  # annotations would be globals of the generated source
     except Exception as error:
         raise UntraceableError(f"tracing stopped: {type(error).__name__}: {error}") from error
     finally:

@@ -170,7 +170,7 @@ def test_a_raising_base_model_is_left_as_it_was():
 
 
 def test_a_base_that_cannot_train_on_these_inputs_is_said():
-    model = Moody(raises_in=5)
+    model = Moody(raises_in=7)
     site = Site("linear.weight", "linear", "weight", (4, 4), OUT_IN)
     reference = reference_outputs(model, small_inputs())
     assert set(reference.outputs) == {"eval", "eval with gradients"}
