@@ -87,7 +87,10 @@ class Adapter(nn.Module):
         """What the site adds to its output: x (..., in) → (..., out of this site), in the adapter's dtype."""
         left = self.left()
         x = x if self.dropout is None else self.dropout(x)
-        update: Tensor = ((x.type_as(left) @ left) * self.gate()) @ self.right()
+        gate = self.gate()
+        # A stack's own gates (batch, k) meet its tokens (batch, tokens, k).
+        gate = gate.unsqueeze(-2) if self.site.batch_shape else gate
+        update: Tensor = ((x.type_as(left) @ left) * gate) @ self.right()
         return update
 
     def delta(self) -> Tensor:

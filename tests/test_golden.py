@@ -6,11 +6,14 @@ import pytest
 import torch
 from torch import nn
 
+from lora2fx.methods.adalora import AdaLoRA
 from lora2fx.methods.lora import LoRA
 from lora2fx.methods.lora2 import LoRA2
+from lora2fx.methods.sora import SoRA
 from lora2fx.training.allocator import keep_highest
 from lora2fx.training.driver import Attachment
 from lora2fx.training.importance import averages, axis_importance
+from lora2fx.training.proximal import soft_threshold
 from lora2fx.training.schedule import Phases
 from lora2fx.training.slots import Training
 from tests.adapted import AdaptedLinear, adapters_of, fill, golden, linear_site
@@ -28,20 +31,21 @@ def matrix(values):
     return torch.tensor(values, dtype=torch.float64)
 
 
-def lora2_method(trace):
+def shared_settings(trace):
     allocator = trace["allocator"]
-    return LoRA2.paper(
-        r=trace["r"],
-        k=trace["K"],
-        lora_alpha=trace["alpha"],
-        target_r=allocator["target_rank_per_matrix"],
-        tinit=allocator["init_warmup"],
-        tfinal=allocator["final_warmup"],
-        deltaT=allocator["mask_interval"],
-        beta1=allocator["beta1"],
-        beta2=allocator["beta2"],
-        orth_reg_weight=0.1,
-    )
+    return {
+        "lora_alpha": trace["alpha"],
+        "target_r": allocator["target_rank_per_matrix"],
+        "tinit": allocator["init_warmup"],
+        "tfinal": allocator["final_warmup"],
+        "deltaT": allocator["mask_interval"],
+        "beta1": allocator["beta1"],
+        "beta2": allocator["beta2"],
+    }
+
+
+def lora2_method(trace):
+    return LoRA2.paper(r=trace["r"], k=trace["K"], **shared_settings(trace))
 
 
 def lora2_values(values, layer):
@@ -62,13 +66,14 @@ def golden_model(trace, method, values_of):
 
 
 def check_trace(trace, method, values_of, names):
+    """`names`: the scored parameters, each with the package's name and how its tensors become ours."""
     model = golden_model(trace, method, values_of)
     adapters = dict(zip(trace["layers"], adapters_of(model), strict=True))
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=trace["optimizer"]["lr"])
     total = trace["allocator"]["total_step"]
     # The trace is the allocator's alone: the published trainer adds its regulariser to the loss elsewhere.
     attachment = Attachment(adapters, Training(None, method.training().allocators), optimizer, total)
-    final = total - trace["allocator"]["final_warmup"]
+    checked = 0
     for step, x, y in zip(trace["steps"], matrix(trace["X"]), matrix(trace["Y"]), strict=True):
         output = model(x)
         loss = (output - y).square().mean()
@@ -80,29 +85,100 @@ def check_trace(trace, method, values_of, names):
         optimizer.step()
         assert attachment.budget == step["curr_rank"]
         for layer, score in zip(adapters, axis_importance(list(adapters.values()), "lambda"), strict=True):
-            adapter = adapters[layer]
             close(score, step["score"][layer])
-            close(adapter.lam, step["lambda_after_mask"][layer])
-            if step["step"] > final:
-                continue
-            for ours, theirs in names.items():
-                for average, key in zip(averages(adapter, ours), ("ema_ipt", "ema_unc"), strict=True):
-                    if key in step:
-                        expected = matrix(step[key][f"{layer}.{theirs}"])
-                        close(
-                            average,
-                            expected.flatten() if ours == "lam" else expected.T if ours in LORA2_NAMES else expected,
-                        )
+            close(adapters[layer].lam, step["lambda_after_mask"][layer])
+            for ours, (theirs, convert) in names.items() if "ema_ipt" in step else ():
+                sensitivity, uncertainty = averages(adapters[layer], ours)
+                close(sensitivity, convert(matrix(step["ema_ipt"][f"{layer}.{theirs}"])))
+                close(uncertainty, convert(matrix(step["ema_unc"][f"{layer}.{theirs}"])))
+                checked += 1
+    assert checked == 3 * len(names) * len(adapters)
     for layer, adapter in adapters.items():
         for name, expected in values_of(trace["final"], layer).items():
             close(adapter.get_parameter(name), expected)
         assert torch.equal(adapter.mask, adapter.lam != 0)
 
 
+def transposed(values):
+    return values.T
+
+
+def same(values):
+    return values
+
+
 def test_twenty_steps_of_lora2():
     trace = golden("lora2_20steps.json")
-    names = {"v": "lora_B", "lam": "lora_E", "U": "lora_aa"}
+    names = {"v": ("lora_B", transposed), "lam": ("lora_E", torch.flatten), "U": ("lora_aa", transposed)}
     check_trace(trace, lora2_method(trace), lora2_values, names)
+
+
+def adalora_values(values, layer):
+    return {
+        "A": matrix(values[f"{layer}.lora_A"]),
+        "B": matrix(values[f"{layer}.lora_B"]),
+        "lam": matrix(values[f"{layer}.lora_E"]).flatten(),
+    }
+
+
+def test_twenty_steps_of_adalora():
+    trace = golden("adalora_20steps.json")
+    names = {"A": ("lora_A", same), "lam": ("lora_E", torch.flatten), "B": ("lora_B", same)}
+    method = AdaLoRA(r=trace["r"], scale_eps=1e-5, force_final_mask=False, **shared_settings(trace))
+    check_trace(trace, method, adalora_values, names)
+
+
+def test_adalora_forward_and_merged_weight():
+    saved = golden("adalora_lora_forward.json")
+    own = saved["adalora"]
+    method = AdaLoRA(r=own["r"], lora_alpha=own["alpha"], target_r=None, scale_eps=1e-5)
+    values = {"A": matrix(own["A"]), "B": matrix(own["B"]), "lam": matrix(own["E"])}
+    adapter = fill(method.adapter(linear_site("layer", 10, 7)).double(), **values)
+    layer = AdaptedLinear(matrix(own["weight"]), matrix(own["bias"]), adapter)
+    close(layer(matrix(saved["x"])), own["y"])
+    close(layer.weight + adapter.weight_delta(), own["merged_weight"])
+
+
+@pytest.mark.parametrize("form", ["mean", "squared_sum"])
+def test_adalora_regulariser(form):
+    saved = golden("orth_reg_adalora.json")
+    adapters = []
+    for layer, (inputs, outputs, r) in {"0": (6, 5, 4), "1": (5, 3, 2)}.items():
+        method = AdaLoRA(r=r, target_r=None, orth_reg_weight=1.0, orth_form=form)
+        site = linear_site(layer, inputs, outputs)
+        adapters.append(fill(method.adapter(site).double(), **adalora_values(saved["params"], layer)))
+    penalty = method.training().penalty(adapters)
+    close(penalty, saved["official_mean_unsquared" if form == "mean" else "paper_sum_squared"])
+    penalty.backward()
+    if form == "mean":
+        for layer, adapter in enumerate(adapters):
+            close(adapter.A.grad, saved["official_grad"][f"{layer}.lora_A"])
+            close(adapter.B.grad, saved["official_grad"][f"{layer}.lora_B"])
+
+
+def test_sora_soft_threshold():
+    operator = golden("sora.json")["operator"]
+    close(soft_threshold(matrix(operator["x"]), golden("sora.json")["threshold"]), operator["eq11"])
+
+
+def test_twenty_steps_of_sora():
+    saved = golden("sora.json")
+    method = SoRA(r=8, xi=saved["threshold"], xi_mode="absolute")
+    adapter = fill(method.adapter(linear_site("layer", 3, 2)).double(), g=matrix(saved["gate0"]))
+    own = saved["adamw"]
+    groups = [
+        {"params": [adapter.g], "lr": own["lr"], "eps": own["eps"], "weight_decay": 0.0},
+        {"params": [adapter.A, adapter.B], "weight_decay": 0.1},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=own["lr"])
+    Attachment([adapter], method.training(), optimizer, len(saved["grads"]))
+    for gradient, step in zip(matrix(saved["grads"]), saved["trace_eq11"], strict=True):
+        close(soft_threshold(matrix(step["adam_only"]), saved["threshold"]), step["after"])
+        adapter.g.grad = gradient.clone()
+        optimizer.step()
+        # torch adds eps to the root after bias correction, the official optimiser before.
+        torch.testing.assert_close(adapter.g.detach(), matrix(step["after"]), rtol=0, atol=2e-5)
+        assert torch.equal(adapter.g == 0, matrix(step["after"]) == 0)
 
 
 def test_lora2_forward_gradients_and_mask():

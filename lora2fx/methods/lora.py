@@ -7,13 +7,12 @@ from dataclasses import dataclass, field
 from math import sqrt
 from typing import Literal
 
-import torch
 from torch import Tensor
 
-from lora2fx.adapter import Adapter, Axis
-from lora2fx.methods.compaction import compact_axes
+from lora2fx.adapter import Axis
 from lora2fx.methods.hyperparameters import check_choice, check_factorisation, rank_of
 from lora2fx.methods.initial import constant, gaussian, kaiming
+from lora2fx.methods.two_factors import FACTORS, TwoFactorAdapter
 from lora2fx.site import Site
 from lora2fx.training.slots import Training
 
@@ -21,32 +20,12 @@ Init = Literal["kaiming", "gaussian"]
 INITS = ("kaiming", "gaussian")
 
 
-class LoRAAdapter(Adapter):
-    """A (*batch, r, in), B (*batch, out, r); the mask is there to switch ranks off, no schedule writes it."""
-
-    mask: Tensor
-    keep: Tensor
-
-    def __init__(self, site: Site, r: int, scale: float, init: Init, dropout: float) -> None:
-        super().__init__(site, dropout)
-        self.scale = scale
-        shape = (*site.batch_shape, r, site.in_features)
-        self.A = kaiming(*shape) if init == "kaiming" else gaussian(1 / r, *shape)
-        self.B = constant(0.0, *site.batch_shape, site.out_features, r)
-        self.register_buffer("mask", torch.ones(r, dtype=torch.bool))
-        self.register_buffer("keep", torch.ones(r, dtype=torch.bool))
-
-    def left(self) -> Tensor:
-        """Aᵀ (*batch, in, r)"""
-        return self.A.mT
+class LoRAAdapter(TwoFactorAdapter):
+    """c = 1: the mask is there to switch ranks off, no schedule writes it."""
 
     def gate(self) -> Tensor:
         """s · mask (r,)"""
         return self.mask.type_as(self.A) * self.scale
-
-    def right(self) -> Tensor:
-        """Bᵀ (*batch, r, out)"""
-        return self.B.mT
 
     @property
     def lambdas(self) -> Tensor:
@@ -55,12 +34,7 @@ class LoRAAdapter(Adapter):
 
     def axes(self) -> dict[str, Axis]:
         """The ranks."""
-        factors = (("A", -2), ("B", -1))
-        return {"rank": Axis(self.mask, self.keep, factors, along=factors)}
-
-    def compact(self) -> None:
-        """Drop masked ranks physically."""
-        compact_axes(self)
+        return {"rank": Axis(self.mask, self.keep, FACTORS, along=FACTORS)}
 
 
 @dataclass(frozen=True)
@@ -69,6 +43,8 @@ class LoRA:
 
     `init` draws A: `kaiming` U(-1/√in, 1/√in) as the authors' code, `gaussian` N(0, 1/r²). `rank_pattern` gives
     single sites another rank, by module or weight name, dotted suffix, glob, or `role:<role>`.
+
+    Raises `MethodError` for hyperparameters that can't work.
     """
 
     r: int = 8
@@ -85,8 +61,10 @@ class LoRA:
     def adapter(self, site: Site) -> LoRAAdapter:
         """A fresh adapter, ΔW = 0."""
         r = rank_of(site, self.r, self.rank_pattern)
-        scale = self.lora_alpha / (sqrt(r) if self.use_rslora else r)
-        return LoRAAdapter(site, r, scale, self.init, self.lora_dropout)
+        shape = (*site.batch_shape, r, site.in_features)
+        A = kaiming(*shape) if self.init == "kaiming" else gaussian(1 / r, *shape)
+        B = constant(0.0, *site.batch_shape, site.out_features, r)
+        return LoRAAdapter(site, A, B, self.lora_alpha / (sqrt(r) if self.use_rslora else r), self.lora_dropout)
 
     def training(self) -> Training:
         """Nothing to drive."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lora2fx.adapter import Adapter, Axis
 from lora2fx.methods.compaction import compact_axes
 from lora2fx.methods.initial import constant, gaussian, orthonormal
+from lora2fx.methods.two_factors import mean_over_stack
 from lora2fx.site import Site
 
 Init = Literal["identity", "zero_out", "orthonormal", "gaussian"]
@@ -63,8 +64,7 @@ class LoRA2Adapter(Adapter):
     @property
     def lambdas(self) -> Tensor:
         """λ (r,), 0 where pruned; of a stack of matrices the mean"""
-        lam = self.lam.detach() * (self.mask & self.keep)
-        return lam if lam.dim() == 1 else lam.mean(0)
+        return mean_over_stack(self.lam.detach() * (self.mask & self.keep))
 
     def axes(self) -> dict[str, Axis]:
         """The singular values (eq. 9 scores them with their column of v and row of U), and the columns."""

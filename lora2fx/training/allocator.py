@@ -76,6 +76,9 @@ class BudgetAllocator:
                 f" {target} in all, but they hold only {start}. Lower the target or start from more entries."
             )
 
+    def begin(self, adapters: Sequence[Adapter], total_steps: int) -> None:
+        """Nothing: masks and averages start as they are."""
+
     def before_step(self, adapters: Sequence[Adapter], step: Step) -> None:
         """Move the scores, where they are taken before the step."""
         if self.score_timing == "pre_step":

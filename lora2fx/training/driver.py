@@ -73,6 +73,9 @@ class Attachment:
         self._attach()
 
     def _attach(self) -> None:
+        if self.step == 0:
+            for allocator in self.training.allocators:
+                allocator.begin(self.adapters, self.total_steps)
         set_total(self.adapters, self.total_steps)
         for adapter in self.adapters:
             _ATTACHED[adapter] = ref(self)
@@ -153,8 +156,7 @@ class Attachment:
         return evaluate
 
     def _prepare(self) -> None:
-        groups = self.optimizer.param_groups
-        parameters = [p for group in groups for p in group["params"] if p.grad is not None]
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         # Progress is read anew every step: a checkpoint may have been loaded since the last.
         bad, progress = read_step(parameters, self.optimizer, self.adapters[0].progress)
         check_total(Progress(*progress), self.total_steps)
@@ -166,7 +168,7 @@ class Attachment:
         self._penalise(trained)
         if task is None:
             task = {} if loss_scale(self.optimizer) is None else copy_gradients(trained, self.optimizer)
-        self._current = Step(progress[0], self.total_steps, task, groups)
+        self._current = Step(progress[0], self.total_steps, task, self.optimizer)
         for allocator in self.training.allocators:
             allocator.before_step(self.adapters, self._current)
 

@@ -8,8 +8,10 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from lora2fx.adapter import Adapter
+from lora2fx.errors import ScheduleError
 
 Sensitivity = Literal["total", "task"]
 SENSITIVITIES = ("total", "task")
@@ -20,25 +22,26 @@ class Step:
     """One real optimiser step: its index t, the run's length T, and the final gradients.
 
     Final means accumulated, reduced, unscaled and clipped. `snapshot` holds, by the parameter's id, the gradients
-    that are not what `.grad` holds; `groups` are the optimizer's parameter groups.
+    that are not what `.grad` holds.
     """
 
     index: int
     total: int
     snapshot: Mapping[int, Tensor] = field(default_factory=dict)
-    groups: Sequence[Mapping[str, Any]] = ()
+    optimizer: Optimizer | None = None
 
     def gradient(self, parameter: Tensor) -> Tensor:
         """The gradient that scores read, like the parameter; a missing one is zero."""
         gradient = self.snapshot.get(id(parameter), parameter.grad)
         return torch.zeros_like(parameter) if gradient is None else gradient.detach()
 
-    def learning_rate(self, parameter: Tensor) -> float:
-        """The learning rate of the parameter's group in this step."""
-        for group in self.groups:
+    def group(self, parameter: Tensor) -> Mapping[str, Any]:
+        """The optimizer's group that holds the parameter: its learning rate, weight decay, ... in this step."""
+        groups = () if self.optimizer is None else self.optimizer.param_groups
+        for group in groups:
             if any(member is parameter for member in group["params"]):
-                return float(group["lr"])
-        raise KeyError("the parameter is in none of the optimizer's groups")
+                return group
+        raise ScheduleError("a parameter that is thresholded is in none of the optimizer's groups.")
 
 
 class Penalty(Protocol):
@@ -53,6 +56,9 @@ class Allocator(Protocol):
 
     def check(self, adapters: Sequence[Adapter], total_steps: int) -> None:
         """Raise `ScheduleError` where the schedule doesn't fit the run."""
+
+    def begin(self, adapters: Sequence[Adapter], total_steps: int) -> None:
+        """A run starts, at its first step; not where a checkpoint is taken up."""
 
     def before_step(self, adapters: Sequence[Adapter], step: Step) -> None:
         """Gradients are final; parameters are still the old ones."""

@@ -1,0 +1,124 @@
+"""AdaLoRA (arXiv 2303.10512): ΔW = s · Aᵀ diag(λ) Bᵀ, orthogonality of A and B, λ pruned by importance."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from lora2fx.adapter import Axis
+from lora2fx.methods.hyperparameters import (
+    check_choice,
+    check_factorisation,
+    check_number,
+    check_schedule,
+    check_target,
+    rank_of,
+)
+from lora2fx.methods.initial import constant, gaussian
+from lora2fx.methods.two_factors import FACTORS, TwoFactorAdapter, mean_over_stack
+from lora2fx.site import Site
+from lora2fx.training.allocator import TIMINGS, BudgetAllocator, ScoreTiming
+from lora2fx.training.penalty import FORMS, Form, Orthogonality, deviation
+from lora2fx.training.schedule import CubicSchedule
+from lora2fx.training.slots import SENSITIVITIES, Sensitivity, Training
+
+SCORED = (("lam", -1), *FACTORS)
+
+
+class AdaLoRAAdapter(TwoFactorAdapter):
+    """c = lam (*batch, r), the trained singular values, 0 at the start."""
+
+    def __init__(self, site: Site, A: nn.Parameter, B: nn.Parameter, scale: float, dropout: float) -> None:
+        super().__init__(site, A, B, scale, dropout)
+        self.lam = constant(0.0, *site.batch_shape, A.shape[-2])
+
+    def gate(self) -> Tensor:
+        """s · λ · mask (*batch, r)"""
+        return self.lam * self.mask * self.scale
+
+    @property
+    def lambdas(self) -> Tensor:
+        """λ (r,), 0 where pruned; of a stack of matrices the mean"""
+        return mean_over_stack(self.lam.detach() * (self.mask & self.keep))
+
+    def axes(self) -> dict[str, Axis]:
+        """The singular values, scored with their row of A and column of B (eq. 7)."""
+        return {"lambda": Axis(self.mask, self.keep, SCORED, value=self.lam, along=SCORED)}
+
+
+def adalora_deviations(factors: tuple[Tensor, ...]) -> list[Tensor]:
+    """‖A Aᵀ - I‖² and ‖Bᵀ B - I‖² (eq. 4)."""
+    A, B = factors
+    return [deviation(A @ A.mT), deviation(B.mT @ B)]
+
+
+@dataclass(frozen=True)
+class AdaLoRA:
+    """AdaLoRA from rank `r` to `target_r` a site on average over all sites; scale lora_alpha / (r + scale_eps).
+
+    `target_r=None` prunes nothing. A pruned singular value may grow back until the final phase. `tinit`, `tfinal`,
+    `deltaT`: see `CubicSchedule`. `orth_reg_weight` weighs the orthogonality of A and B, as the code's `mean` of
+    norms or the paper's `squared_sum`. Parity with the published code: `scale_eps=1e-5, force_final_mask=False`.
+
+    Raises `MethodError` for hyperparameters that can't work.
+    """
+
+    r: int = 12
+    target_r: float | None = 8
+    lora_alpha: float = 16
+    lora_dropout: float = 0.0
+    tinit: int | None = None
+    tfinal: int | None = None
+    deltaT: int | None = None
+    beta1: float = 0.85
+    beta2: float = 0.85
+    orth_reg_weight: float = 0.1
+    orth_form: Form = "mean"
+    scale_eps: float = 0.0
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    score_timing: ScoreTiming = "post_step"
+    sensitivity: Sensitivity = "total"
+    force_final_mask: bool = True
+
+    def __post_init__(self) -> None:
+        check_factorisation(self.r, self.lora_alpha, self.lora_dropout, self.rank_pattern)
+        check_schedule(self.tinit, self.tfinal, self.deltaT, self.beta1, self.beta2)
+        check_target("target_r", self.target_r, "r", max(self.r, *self.rank_pattern.values(), 0))
+        check_number("orth_reg_weight", self.orth_reg_weight, 0)
+        check_number("scale_eps", self.scale_eps, 0)
+        check_choice("orth_form", self.orth_form, FORMS)
+        check_choice("score_timing", self.score_timing, TIMINGS)
+        check_choice("sensitivity", self.sensitivity, SENSITIVITIES)
+
+    def adapter(self, site: Site) -> AdaLoRAAdapter:
+        """A fresh adapter, ΔW = 0, A and B N(0, 0.02²) as in the code."""
+        r = rank_of(site, self.r, self.rank_pattern)
+        A = gaussian(0.02, *site.batch_shape, r, site.in_features)
+        B = gaussian(0.02, *site.batch_shape, site.out_features, r)
+        adapter = AdaLoRAAdapter(site, A, B, self.lora_alpha / (r + self.scale_eps), self.lora_dropout)
+        adapter.track(*(name for budget in self._budgets() for name in budget.tracked))
+        return adapter
+
+    def training(self) -> Training:
+        """The orthogonality penalty and the budget."""
+        penalty = Orthogonality(self.orth_reg_weight, ("A", "B"), adalora_deviations, 2, self.orth_form)
+        return Training(penalty if self.orth_reg_weight else None, self._budgets(), self.sensitivity)
+
+    def _budgets(self) -> tuple[BudgetAllocator, ...]:
+        if self.target_r is None:
+            return ()
+        schedule = CubicSchedule(self.tinit, self.tfinal, self.deltaT, self.force_final_mask)
+        tracked = ("A", "lam", "B")
+        return (
+            BudgetAllocator(
+                "lambda",
+                self.target_r,
+                schedule,
+                tracked,
+                beta1=self.beta1,
+                beta2=self.beta2,
+                score_timing=self.score_timing,
+            ),
+        )
