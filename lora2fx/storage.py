@@ -1,0 +1,181 @@
+"""Save and load adapters: safetensors + JSON, nothing executable, all or nothing on both ways."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from lora2fx.adapter import Adapter
+from lora2fx.analysis import tied_weights
+from lora2fx.compiler import all_or_nothing, install, originals, refuse_adapted, untie_weight
+from lora2fx.errors import AdapterError, FormatError
+from lora2fx.passes.entries import adapter_entry, totals
+from lora2fx.passes.fold import site_weight
+from lora2fx.program import Method, Program, Record, program_of
+from lora2fx.reports import Report
+from lora2fx.storage_files import MANIFEST, PAYLOAD, read_manifest, read_payload, seal, tensor_digest, write_files
+from lora2fx.storage_format import SCHEMA, Manifest, SavedSite, check_against_model, parse_manifest
+from lora2fx.storage_method import METHODS, decode_method, encode_method
+from lora2fx.storage_tensors import adapter_tensors, blueprint, check_names, check_tensor, check_tensors, materialise
+from lora2fx.training.progress import read_progress
+from lora2fx.training.sharding import whole
+
+M = TypeVar("M", bound=nn.Module)
+Folder = str | os.PathLike[str]
+
+
+def _head_tensors(model: nn.Module, paths: Sequence[str]) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for path in paths:
+        state = model.get_submodule(path).state_dict(keep_vars=True, prefix=path + ".")
+        found |= {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    return found
+
+
+def _saved_tensors(program: Program) -> dict[str, Tensor]:
+    found = {f"{path}.{name}": v for path, a in program.adapters.items() for name, v in adapter_tensors(a).items()}
+    found |= _head_tensors(program.root, program.record.modules_to_save)
+    copied = {
+        name: whole(value.detach()).cpu().clone(memory_format=torch.contiguous_format) for name, value in found.items()
+    }
+    for name, value in copied.items():
+        if not value.isfinite().all():
+            raise AdapterError(
+                f"save: {name} holds NaN or infinity: the run diverged. Go back to a checkpoint from before; nothing"
+                " was written."
+            )
+    return copied
+
+
+def save(model: nn.Module, folder: Folder) -> Report:
+    """Write the adapters of `model`, and the modules trained whole, to `folder`: adapter.safetensors and adapter.json.
+
+    Moving averages of the training stay out: a file is for using, folding and exporting an adapter; to resume a run
+    keep the model's own state_dict. Files appear whole or not at all.
+    Raises `AdapterError` (no adapters, a value that is not finite), `FormatError` (a method that JSON can't hold, a
+    folder that is a file) and `OSError`; an earlier adapter in the folder then is as it was.
+    """
+    program = program_of(model, "save")
+    adapters = program.adapters
+    sites = [
+        SavedSite(adapter.site, str(adapter.rewrite), tensor_digest(whole(site_weight(program, adapter))))
+        for adapter in adapters.values()
+    ]
+    manifest = {
+        "schema": SCHEMA,
+        "lora2fx": version("lora2fx"),
+        "method": encode_method(program.method),
+        "sites": [saved.to_dict() for saved in sites],
+        "progress": list(read_progress(list(adapters.values()))) if adapters else [0, 0, 0],
+        "modules_to_save": list(program.record.modules_to_save),
+        "untied": list(program.record.untied),
+    }
+    place = Path(folder)
+    size = write_files(place, manifest, _saved_tensors(program))
+    entries = tuple(adapter_entry(name, adapter) for name, adapter in adapters.items())
+    details = {"folder": str(place), "files": [PAYLOAD, MANIFEST], "bytes": size}
+    return Report(f"save {type(program.root).__name__}", entries, totals(program), program.record.verify, details)
+
+
+def _check_base(manifest: Manifest, model: nn.Module) -> None:
+    for saved in manifest.sites:
+        weight = model.get_submodule(saved.site.owner)._parameters[saved.site.parameter]
+        assert weight is not None
+        if tensor_digest(whole(weight)) != saved.sha256:
+            raise FormatError(
+                f"{saved.site.weight} is not the base weight that the adapter was trained on (its SHA-256 differs)."
+                " Load the right base model in the same dtype, or pass allow_other_base=True to adapt this one."
+            )
+
+
+def _check_ties(manifest: Manifest, ties: dict[str, tuple[str, ...]]) -> None:
+    for saved in manifest.sites:
+        if saved.site.weight in ties and saved.site.weight not in manifest.untied:
+            raise FormatError(
+                f"{saved.site.weight} is tied to {', '.join(ties[saved.site.weight])} in this model; in the one that"
+                " the adapter was trained on it was not. Untie them first."
+            )
+
+
+def _grouped(tensors: Mapping[str, Tensor], paths: Collection[str]) -> dict[str, dict[str, Tensor]]:
+    """By adapter its tensors; under "" those of no adapter, by their full name."""
+    groups: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for name, tensor in tensors.items():
+        parts = name.split(".")
+        heads = (".".join(parts[:cut]) for cut in range(len(parts) - 1, 0, -1))
+        path = next((head for head in heads if head in paths), "")
+        groups[path][name.removeprefix(path + ".") if path else name] = tensor
+    return groups
+
+
+def _adapters(
+    manifest: Manifest, method: Method, model: nn.Module, groups: Mapping[str, Mapping[str, Tensor]]
+) -> dict[str, Adapter]:
+    """The saved adapters, every tensor checked."""
+    found: dict[str, Adapter] = {}
+    for saved in manifest.sites:
+        path = saved.adapter
+        own = groups.get(path, {})
+        adapter = blueprint(method, saved.site)
+        check_tensors(path, adapter, own)
+        weight = model.get_parameter(saved.site.weight)
+        materialise(adapter, own, manifest.progress, weight.device)
+        found[path] = adapter
+    return found
+
+
+def _install(model: nn.Module, manifest: Manifest, method: Method, adapters: dict[str, Adapter]) -> None:
+    trainable = frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    ties = tied_weights(model)
+    untied = {
+        weight: untie_weight(model, saved.site, ties[weight], untie=True)
+        for saved in manifest.sites
+        if (weight := saved.site.weight) in ties
+    }
+    before = originals(model, manifest.modules_to_save)
+    record = Record(method, trainable, manifest.modules_to_save, before, untied)
+    record.verify = {"status": "UNVERIFIED", "max_error": None, "checks": [], "reason": "loaded from a file"}
+    install(Program(model, model, record, adapters), {saved.adapter: saved.rewrite for saved in manifest.sites})
+
+
+def load(model: M, folder: Folder, *, allow_other_base: bool = False, methods: Sequence[type[Method]] = ()) -> M:
+    """Give a fresh base model the adapters and trained heads of a saved folder; in place, and returns the same model.
+
+    Every file, name, shape, dtype, value and digest is checked before the model is touched. `allow_other_base` skips
+    the comparison of the base weights' digests. `methods` are dataclasses of your own that a saved adapter may name.
+    Raises `FormatError` (a file that can't be trusted or doesn't fit the model) and `AdapterError` (the model holds
+    adapters already); the model then is as it was.
+    """
+    refuse_adapted(model, "load")
+    place = Path(folder)
+    found = read_manifest(place)
+    manifest = parse_manifest(found)
+    method = decode_method(manifest.method, (*methods, *METHODS))
+    check_against_model(manifest, model)
+    _check_ties(manifest, tied_weights(model))
+    tensors = read_payload(place, manifest.bytes, manifest.sha256, seal(found))
+    groups = _grouped(tensors, {saved.adapter for saved in manifest.sites})
+    if not allow_other_base:
+        _check_base(manifest, model)
+    adapters = _adapters(manifest, method, model, groups)
+    heads = _head_tensors(model, manifest.modules_to_save)
+    trained = groups.get("", {})
+    check_names("modules_to_save", trained, set(heads))
+    for name, head in heads.items():
+        check_tensor(name, trained[name], tuple(head.shape), head.dtype)
+    with all_or_nothing(model):
+        try:
+            _install(model, manifest, method, adapters)
+        except Exception as error:
+            raise FormatError(f"the saved rewrites don't fit this model: {type(error).__name__}: {error}") from error
+        with torch.no_grad():
+            for name, head in heads.items():
+                head.copy_(trained[name])
+    return model
