@@ -19,13 +19,12 @@ from lora2fx.passes.install import Adapted, restore_owners
 from lora2fx.passes.match import coverage, match_sites
 from lora2fx.passes.rewrite import child_name, plan_rewrite, rewrite_owners
 from lora2fx.passes.verify import Verification, reference_outputs, verify_rewrites
-from lora2fx.program import RECORD, Method, Program, Record
+from lora2fx.program import RECORD, TIED, Method, Program, Record
 from lora2fx.reports import site_entry
 from lora2fx.site import Site
 from lora2fx.targets import Targets, needs_roles
 
 M = TypeVar("M", bound=nn.Module)
-TIED = "tie_word_embeddings"
 DEFAULT_TARGETS = ("query", "key", "value", "ffn")
 
 
@@ -99,6 +98,22 @@ def install(program: Program, plans: Mapping[str, str]) -> None:
         parameter.requires_grad_(any(name.startswith(path + ".") for path in (*program.adapters, *trained)))
 
 
+def _next_rewrite(program: Program, name: str, found: ModelAnalysis, failed: str, verification: Verification) -> str:
+    site = program.adapters[name].site
+    try:
+        return plan_rewrite(program.root, site, found.outside_reads, after=failed)
+    except RewriteError as error:
+        reasons = dict.fromkeys(
+            f"{check['check']} check in {check['mode']} mode: {check['note'] or 'error {error}'.format(**check)}"
+            for check in verification.checks
+            if not check["passed"]
+        )
+        raise VerifyError(
+            f"{site.weight}, rewritten as `{failed}`, does not compute what it must ({'; '.join(reasons)}), and no"
+            " rewrite is left. Leave it out with exclude=."
+        ) from error
+
+
 def _verified(program: Program, found: ModelAnalysis, plans: dict[str, str], reference: Any) -> Verification:
     """Install and verify; a site that fails goes to its next rewrite until none is left."""
     assert found.inputs is not None
@@ -111,8 +126,7 @@ def _verified(program: Program, found: ModelAnalysis, plans: dict[str, str], ref
             raise VerifyError(f"the rewritten model does not compute what it must: {verification.checks}")
         restore_owners(program.root)
         for name in verification.failed:
-            site = program.adapters[name].site
-            plans[name] = plan_rewrite(program.root, site, found.outside_reads, after=plans[name])
+            plans[name] = _next_rewrite(program, name, found, plans[name], verification)
 
 
 def originals(model: nn.Module, paths: Sequence[str]) -> dict[str, torch.Tensor]:

@@ -15,6 +15,8 @@ from lora2fx.site import Site
 from lora2fx.training.slots import Training
 
 RECORD = "_lora2fx"
+TIED = "tie_word_embeddings"
+"""The flag by which a transformers config says that the embeddings are tied."""
 
 
 class Method(Protocol):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lora2fx.errors import AdapterError
 from lora2fx.passes.install import restore_owners
-from lora2fx.program import RECORD, Program
+from lora2fx.program import RECORD, TIED, Program
 
 
 def _restore_flags(program: Program) -> None:
@@ -36,6 +36,9 @@ def _tie_again(program: Program) -> None:
     for weight, shared in program.record.untied.items():
         owner, _, parameter = weight.rpartition(".")
         program.root.get_submodule(owner)._parameters[parameter] = shared
+    config = getattr(program.root, "config", None)
+    if program.record.untied and config is not None:
+        setattr(config, TIED, True)
 
 
 def _targets(program: Program) -> dict[str, tuple[Tensor, Tensor]]:
