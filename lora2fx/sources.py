@@ -63,7 +63,9 @@ def load_folder(folder: Path, class_name: str | None = None) -> Source:
     """
     kind = _transformers_class(_read_config(folder), folder, class_name)
     from transformers import AutoConfig
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     try:
         if any(next(folder.glob(pattern), None) for pattern in WEIGHTS):
             return Source(kind.from_pretrained(folder, local_files_only=True, dtype="auto").eval())
@@ -72,6 +74,8 @@ def load_folder(folder: Path, class_name: str | None = None) -> Source:
         return Source(build(config).eval(), note=f"{folder} holds no weights: the model's are random")
     except (OSError, ValueError, RuntimeError) as error:
         raise SourceError(f"{folder} can't be loaded: {error}") from error
+    finally:
+        logging.enable_progress_bar()
 
 
 def call_factory(name: str) -> Source:

@@ -40,24 +40,27 @@ QUICK = Size(base_steps=40, steps=40, seeds=1, latency_rounds=5)
 
 
 @contextmanager
-def two_threads() -> Iterator[int]:
-    """At most two threads: more slow a model of this size down. Yields how many; the old number comes back."""
+def one_thread() -> Iterator[None]:
+    """More threads hardly speed up a model of this size, and slow it down badly on a busy machine."""
     before = torch.get_num_threads()
-    threads = min(2, before)
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)
     try:
-        yield threads
+        yield
     finally:
         torch.set_num_threads(before)
 
 
-def _environment(threads: int) -> dict[str, Any]:
+def _environment() -> dict[str, Any]:
     import onnxruntime
     import sklearn
 
     versions = {"torch": torch.__version__, "onnxruntime": onnxruntime.__version__, "scikit-learn": sklearn.__version__}
     own = {"lora2fx": lora2fx.__version__, "python": platform.python_version()}
-    return own | versions | {"machine": platform.machine(), "processors": os.cpu_count(), "threads": threads}
+    return (
+        own
+        | versions
+        | {"machine": platform.machine(), "processors": os.cpu_count(), "threads": torch.get_num_threads()}
+    )
 
 
 def _result(model: VisionTransformer, recipe: Recipe, task: Task, seed: int) -> dict[str, Any]:
@@ -106,9 +109,9 @@ def run_demo(out: Path, seed: int = 0, size: Size = FULL) -> dict[str, Any]:
     check_folder(out)
     out.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
-    with two_threads() as threads:
+    with one_thread():
         run = compete(size, seed, out)
-        run |= {"environment": _environment(threads), "size": asdict(size), "seconds": time.perf_counter() - start}
+        run |= {"environment": _environment(), "size": asdict(size), "seconds": time.perf_counter() - start}
     page = demo_tables(run)
     (out / "report.json").write_text(json.dumps(run, indent=1))
     (out / "report.html").write_text(render_html(page | {"sites": run["delivered"]["sites"]}))
