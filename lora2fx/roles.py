@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lora2fx.dataflow.attention import AttentionRoles
+from lora2fx.dataflow.attention import SINGLE, AttentionRoles
 from lora2fx.dataflow.claims import Claim
 from lora2fx.dataflow.columns import Columns, ranges
 from lora2fx.dataflow.contractions import Use, Weights
@@ -16,7 +16,8 @@ from lora2fx.dataflow.covering import parameter_columns
 from lora2fx.dataflow.endings import ending_claims
 from lora2fx.dataflow.feedforward import FeedForwardRoles
 from lora2fx.dataflow.graph import Dataflow
-from lora2fx.dataflow.recording import Recording
+from lora2fx.dataflow.recording import INPUT, Recording
+from lora2fx.errors import InputsError
 from lora2fx.site import Site
 
 
@@ -109,13 +110,25 @@ def _with(site: Site, part: _Part, columns: tuple[tuple[int, int], ...] | None, 
     return Site(site.weight, site.owner, site.parameter, site.shape, site.layout, part.role, evidence, columns)
 
 
-def _reason(recording: Recording, flow: Dataflow, value: int | None, undecided: dict[int, str]) -> str:
-    if value is None or value not in flow.consumers:
+def _refuse_single(recording: Recording, claims: Iterable[Claim]) -> None:
+    """Raise where an attention over one position comes from an example input of one position."""
+    if not any(claim.role == "unknown" and claim.evidence.endswith(SINGLE) for claim in claims):
+        return
+    shapes = (recording.values[value].shape for op in recording.ops if op.name == INPUT for value in op.outputs)
+    for shape in shapes:
+        if len(shape) in (2, 3) and shape[1] == 1:
+            raise InputsError(
+                f"An example input of shape {shape} holds a single position, so that an attention's queries and keys"
+                " look the same: pass example_inputs with a sequence of at least 2, better 8."
+            )
+
+
+def _reason(weights: Weights, value: int | None, undecided: dict[int, str]) -> str:
+    if value is None or value not in weights.flow.consumers:
         return "never reached by the recorded forward: pass example_inputs= that take the path you train"
     if value in undecided:
         return undecided[value]
-    ops = dict.fromkeys(op.name for op in flow.consumers[value])
-    return f"no matmul uses it, only {', '.join(ops)}"
+    return f"no matmul multiplies by it, only {', '.join(weights.readers(value))} reads it"
 
 
 def find_sites(model: nn.Module, recording: Recording) -> Analysis:
@@ -127,6 +140,7 @@ def find_sites(model: nn.Module, recording: Recording) -> Analysis:
     flow = Dataflow(recording)
     weights = Weights(flow)
     claims = _claims(recording, flow, weights)
+    _refuse_single(recording, (claim for group in claims.values() for claim in group))
     uses, undecided = defaultdict[str, list[Use]](list), dict[int, str]()
     for use in weights.uses.values():
         if use.layout is None:
@@ -142,5 +156,5 @@ def find_sites(model: nn.Module, recording: Recording) -> Analysis:
             note = f"; tied to {', '.join(others)}" if others else ""
             sites += _sites(recording, name, uses[name], claims, note)
         elif parameter.dim() >= 2 and not any(other in uses for other in others) and name == first:
-            rest[name] = _reason(recording, flow, values.get(name), undecided)
+            rest[name] = _reason(weights, values.get(name), undecided)
     return Analysis(tuple(sites), rest, recording.tied)

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from lora2fx.dataflow.claims import Claim, claimed_columns
-from lora2fx.dataflow.columns import columns_reaching
+from lora2fx.dataflow.columns import Columns, columns_reaching
 from lora2fx.dataflow.contractions import Contraction, Operand, Use, Weights, is_depthwise, is_embedding
 from lora2fx.dataflow.dims import trace
 from lora2fx.dataflow.graph import Dataflow, Ops
 from lora2fx.dataflow.ops import is_attention, is_pooling, is_product, is_reduction, is_softmax
 from lora2fx.dataflow.recording import Op
-from lora2fx.errors import InputsError
 
 OPERANDS = ("query", "key", "value")
+SINGLE = "a single position looks at a single position"
+ACROSS = "the softmax runs along another dimension than the one that is summed over"
 
 
 @dataclass(frozen=True)
@@ -34,20 +35,20 @@ def _key_side(flow: Dataflow, score: Contraction, softmax: Op) -> Operand | None
     """The operand that one softmax position touches one position of, None where that can't be told."""
     scores = softmax.inputs[0]
     shape = flow.recording.values[scores].shape
-    dim = int(softmax.args[1]) % len(shape)
-    if shape[dim] < 2:
-        raise InputsError(
-            f"The example inputs give an attention a single position to look at (scores of shape {tuple(shape)}), which"
-            " hides its keys from its queries: pass example_inputs with a sequence of at least 2, better 8."
-        )
-    touched = trace(flow, scores, [dim], score.output)
-    keys = [
-        side
-        for side in (score.left, score.right)
-        for position in touched
-        if score.out[position] in side.letters and score.out[position] not in score.other(side).letters
+    dim = _softmax_dim(flow, softmax)
+    touched = _sides(score, trace(flow, scores, [dim], score.output))
+    if not touched and shape[dim] == 1:  # one position leaves no trace: the key is where the others don't go
+        others = _sides(score, trace(flow, scores, [each for each in range(len(shape)) if each != dim], score.output))
+        touched = [score.other(side) for side in others]
+    return touched[0] if len(touched) == 1 else None
+
+
+def _sides(score: Contraction, dims: Iterable[int]) -> list[Operand]:
+    """The operands that alone carry these dimensions of their product."""
+    letters = {score.out[dim] for dim in dims}
+    return [
+        side for side in (score.left, score.right) if letters & (set(side.letters) - set(score.other(side).letters))
     ]
-    return keys[0] if len(keys) == 1 else None
 
 
 def _mixed(flow: Dataflow, weights: Weights, softmax: Op) -> list[tuple[Contraction, int]]:
@@ -59,7 +60,7 @@ def _mixed(flow: Dataflow, weights: Weights, softmax: Op) -> list[tuple[Contract
         if mix is None or index in weights.uses:
             continue
         sides = [side for side in (mix.left, mix.right) if softmax.index in flow.sources(side.value)]
-        if len(sides) == 1 and sides[0].letters != mix.out:
+        if len(sides) == 1:
             found.append((mix, mix.other(sides[0]).value))
     return found
 
@@ -73,16 +74,30 @@ def _softmax_core(flow: Dataflow, weights: Weights, softmax: Op) -> Core | None:
     if not products or not mixed:
         return None
     operands = list[tuple[int, int]]()
-    ambiguous = ""
+    ambiguous = "" if all(_mixes_along(flow, mix, value, softmax) for mix, value in mixed) else ACROSS
     for score in products:
         key = _key_side(flow, score, softmax)
-        if key is None:
-            ambiguous = f"which operand of {score.op.name} is the key can't be told"
-            continue
-        operands += [(1, key.value), (0, score.other(key).value)]
+        if key is not None:
+            operands += [(1, key.value), (0, score.other(key).value)]
+        elif all(flow.sources(side.value) for side in (score.left, score.right)):
+            operands += [(0, score.left.value), (1, score.right.value)]
+            single = max(flow.recording.values[score.output].shape[-2:]) == 1
+            ambiguous = SINGLE if single else f"which operand of {score.op.name} is the key can't be told"
     operands += [(2, value) for _, value in mixed]
     inner = frozenset({score.op.index for score in scores} | {mix.op.index for mix, _ in mixed} | {softmax.index})
     return Core(tuple(operands), inner, tuple(mix.output for mix, _ in mixed), ambiguous)
+
+
+def _mixes_along(flow: Dataflow, mix: Contraction, value: int, softmax: Op) -> bool:
+    """Whether the contraction sums over the dimension that the softmax runs along, as far as can be seen."""
+    side = mix.left if mix.right.value == value else mix.right
+    summed = [dim for dim, letter in enumerate(side.letters) if letter not in mix.out]
+    touched = trace(flow, side.value, summed, softmax.outputs[0])
+    return not touched or _softmax_dim(flow, softmax) in touched
+
+
+def _softmax_dim(flow: Dataflow, softmax: Op) -> int:
+    return int(softmax.args[1]) % len(flow.recording.values[softmax.inputs[0]].shape)
 
 
 def find_cores(flow: Dataflow, weights: Weights) -> list[Core]:
@@ -121,13 +136,23 @@ class AttentionRoles:
             outputs = self._outputs(core)
             for use in outputs:
                 yield Claim(use, "output", f"attention #{number}, output")
-            if core.ambiguous:
-                continue
+            stream = self._stream(core, outputs)
             for operand, value in core.operands:
                 for use in self._projections(value):
-                    claim = self._claim(number, operand, value, use, frozenset(each.index for each in outputs))
-                    if claim is not None:
-                        yield claim
+                    columns = self._columns(value, use, stream)
+                    if columns is not None and not columns:
+                        continue
+                    if core.ambiguous and operand < 2:
+                        yield Claim(use, "unknown", f"attention #{number} is ambiguous: {core.ambiguous}", columns)
+                    else:
+                        yield Claim(use, OPERANDS[operand], f"attention #{number}, operand {operand}", columns)
+
+    def _stream(self, core: Core, outputs: list[Use]) -> Ops:
+        """The weights that the core's result or its own projections read: what feeds them too is a residual stream."""
+        after = frozenset().union(*(self.flow.sinks(value) for value in core.outputs))
+        beyond = frozenset().union(*(self.flow.sinks(use.output) for use in outputs))
+        own = {use.index for _, value in core.operands for use in self._projections(value)}
+        return (after | beyond | own) - {use.index for use in outputs} - self._inner
 
     def _projections(self, value: int) -> list[Use]:
         """The weights' uses that an operand is made of, looking through depthwise convolutions."""
@@ -144,26 +169,15 @@ class AttentionRoles:
                 found[index] = self.weights.uses[index]
         return [found[index] for index in sorted(found)]
 
-    def _claim(self, number: int, operand: int, value: int, use: Use, outputs: Ops) -> Claim | None:
-        """The claim of an operand to a weight; None where its result goes on past the attention, as a stream does."""
+    def _columns(self, value: int, use: Use, stream: Ops) -> Columns | None:
+        """The use's columns that are the operand `value`: None for all, empty where they go on with the stream."""
         if use.layout is None or is_embedding(use.contraction.op):
-            return None
-        recording, flow = self.flow.recording, self.flow
-        sinks = flow.sinks(use.output)
-        depthwise = {index for index in sinks if is_depthwise(recording, recording.ops[index])}
-        past = {
-            index
-            for index in sinks - self._inner - outputs - depthwise
-            if index in self.weights.contractions or is_softmax(recording.ops[index])
-        }
+            return frozenset()
+        past = self.flow.sinks(use.output) & stream
         entry = self._entry(value, use)
         elsewhere = frozenset(self._entered(use.output)) - {entry}
-        columns = claimed_columns(flow, use, entry, elsewhere | past | (sinks & outputs))
-        if past and not self._apart(use, columns, past):
-            return None
-        if columns is not None and not columns:
-            return None
-        return Claim(use, OPERANDS[operand], f"attention #{number}, operand {operand}", columns)
+        columns = claimed_columns(self.flow, use, entry, elsewhere)
+        return frozenset() if past and not self._apart(use, columns, past) else columns
 
     def _entry(self, value: int, use: Use) -> int:
         """Where the use's result leaves the transparent ops: the operand, or a depthwise convolution before it."""
@@ -182,7 +196,7 @@ class AttentionRoles:
             made_of = self.flow.recording.values[output].producer
             yield from (value for value in op.inputs if value == output or made_of in self.flow.sources(value))
 
-    def _apart(self, use: Use, columns: frozenset[int] | None, past: set[int]) -> bool:
+    def _apart(self, use: Use, columns: Columns | None, past: Ops) -> bool:
         """Whether what goes on past the attention is made of other columns than the attention's."""
         if columns is None:
             return False

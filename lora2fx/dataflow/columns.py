@@ -58,9 +58,9 @@ class _Replay:
         known, like = self.recording.constants.get(value), self.recording.values[value]
         if known is not None:
             return known.cpu().clone()
-        if not like.dtype.is_floating_point:
-            return torch.zeros(like.shape, dtype=like.dtype)
-        return self.random(like.shape)
+        if like.dtype.is_complex:
+            return torch.complex(self.random(like.shape), self.random(like.shape))
+        return self.random(like.shape) if like.dtype.is_floating_point else torch.zeros(like.shape, dtype=like.dtype)
 
     def random(self, shape: Sequence[int]) -> Tensor:
         """Float64 numbers between 0.5 and 1.5, on which no gradient vanishes by chance."""

@@ -158,6 +158,12 @@ class Weights:
         constant = not any(self.flow.sources(value) for value in op.inputs)
         return whole[0] if is_pointwise(op) and len(whole) == 1 and constant else None
 
+    def readers(self, parameter: int) -> list[str]:
+        """The names of the ops that read a parameter, or what it is looked at, copied or scaled as."""
+        family = {value for value in (parameter, *self._parent) if self.lineage(value)[-1] == parameter}
+        reading = (op for value in sorted(family) for op in self.flow.consumers.get(value, ()))
+        return list(dict.fromkeys(op.name for op in reading if not family.issuperset(op.outputs)))
+
     def lineage(self, value: int) -> list[int]:
         """The values from `value` back to its parameter."""
         chain = [value]

@@ -66,19 +66,12 @@ def _through_choices(flow: Dataflow, value: int) -> Ops:
     return frozenset(found)
 
 
-def _chosen(flow: Dataflow, use: Use) -> list[Op]:
-    """The choices of the largest among a use's columns."""
-    recording, found, ahead, seen = flow.recording, list[Op](), set(flow.sinks(use.output)), set[int]()
-    while ahead:
-        op = recording.ops[ahead.pop()]
-        if op.index in seen:
-            continue
-        seen.add(op.index)
-        if is_softmax(op):
-            ahead |= flow.sinks(op.outputs[0])
-        elif is_selecting(op) and _along_columns(flow, use, op):
-            found.append(op)
-    return found
+def _chosen(flow: Dataflow, use: Use) -> bool:
+    """Whether the largest of the use's columns are chosen somewhere."""
+    choices = (
+        op for op in flow.recording.ops if is_selecting(op) and use.index in _through_choices(flow, op.inputs[0])
+    )
+    return any(_along_columns(flow, use, op) for op in choices)
 
 
 def _along_columns(flow: Dataflow, use: Use, op: Op) -> bool:

@@ -13,8 +13,15 @@ from lora2fx.dataflow.ops import is_adding, is_narrowing, is_nonlinear, is_produ
 from lora2fx.dataflow.recording import Op
 from lora2fx.site import Site
 
+_COPIES = ("aten._to_copy", "aten.clone")
+
 Branch = dict[int, Columns | None]
 """Uses by index, with the columns (None: all) that go into one factor of a product."""
+
+
+def _count(uses: list[Use]) -> int:
+    """How many weights they are uses of; a stack of experts is used once for each expert."""
+    return len({use.name for use in uses})
 
 
 def _widths(use: Use, shape: tuple[int, ...]) -> tuple[int, int]:
@@ -59,15 +66,17 @@ class FeedForwardRoles:
         return frozenset(found)
 
     def _ups(self, down: Use) -> list[Use]:
-        """The one or two weights, of the width that `down` returns to, that are all its input is made of."""
+        """The uses of one weight or two, of the width that `down` returns to, that are all its input is made of."""
         if not self._is_linear(down):
             return []
         found = [self.weights.uses.get(index) for index in sorted(self._made_of(down.data))]
         ups = [use for use in found if use is not None and self._is_linear(use)]
-        if not 1 <= len(ups) == len(found) <= 2:
+        if len(ups) < len(found) or not 1 <= _count(ups) <= 2:
             return []
-        width = self._width(down)[1]
-        return ups if all(self._width(up)[0] == width for up in ups) and self._activated(down, ups) else []
+        width, read = self._width(down)[1], self.flow.sources(ups[0].data)
+        if any(self._width(up)[0] != width or self.flow.sources(up.data) != read for up in ups):
+            return []
+        return ups if self._activated(down, ups) else []
 
     def _width(self, use: Use) -> tuple[int, int]:
         return _widths(use, self.recording.values[use.parameter].shape)
@@ -86,8 +95,8 @@ class FeedForwardRoles:
         return ways
 
     def _activated(self, down: Use, ups: list[Use]) -> bool:
-        ways = [op for up in ups for op in self._ways(up, down)]
-        return any(is_nonlinear(op) or (is_product(op) and len(self._carrying(op)) > 1) for op in ways)
+        gated = self._gating(down, ups) is not None
+        return gated or (_count(ups) == 1 and any(is_nonlinear(op) for op in self._ways(ups[0], down)))
 
     def _carrying(self, op: Op) -> list[int]:
         return [value for value in op.inputs if self.flow.sources(value)]
@@ -103,20 +112,26 @@ class FeedForwardRoles:
                 if op.index in seen or not self.flow.transparent(op):
                     continue
                 seen.add(op.index)
-                if is_adding(op) and any(self._looked_at(other) & started for other in op.inputs if other != value):
+                if is_adding(op) and any(self._summands(other) & started for other in op.inputs if other != value):
                     return True
                 ahead.extend(op.outputs)
         return False
 
-    def _looked_at(self, value: int) -> set[int]:
-        """The value, and what it is a view or a copy of."""
-        found = {value}
-        op = self.recording.producer(value)
-        while op is not None and (is_view(self.recording, op) or op.name in ("aten._to_copy", "aten.clone")):
-            value = op.inputs[0]
-            found.add(value)
-            op = self.recording.producer(value)
-        return {each for each in found if self.flow.sources(each)}
+    def _summands(self, value: int) -> set[int]:
+        """The value, what it is a view, a copy or a multiple of, and what it is a sum of."""
+        found, ahead = set[int](), [value]
+        while ahead:
+            at = ahead.pop()
+            op = self.recording.producer(at)
+            if at in found or not self.flow.sources(at):
+                continue
+            found.add(at)
+            if op is None:
+                continue
+            scaled = is_product(op) and len(self._carrying(op)) == 1
+            if scaled or is_adding(op) or is_view(self.recording, op) or op.name in _COPIES:
+                ahead.extend(op.inputs)
+        return found
 
     def _roles(self, down: Use, ups: list[Use], name: str) -> Iterator[Claim]:
         yield Claim(down, "ffn.down", f"{name}, down")
@@ -151,7 +166,7 @@ class FeedForwardRoles:
         branch: Branch = {}
         for up in ups:
             if up.index in made_of:
-                cut = len(ups) == 1 and any(is_narrowing(op) for op in self.flow.between(up.output, value))
+                cut = _count(ups) == 1 and any(is_narrowing(op) for op in self.flow.between(up.output, value))
                 branch[up.index] = columns_reaching(self.flow, up, [value]) if cut else None
         return branch
 
