@@ -12,7 +12,7 @@ from lora2fx.adapter import Adapter
 from lora2fx.inputs import Inputs
 from lora2fx.passes.copying import Folded
 from lora2fx.passes.outputs import EVAL_GRAD, call, running
-from lora2fx.passes.probe import pull_back
+from lora2fx.passes.probe import pull_back, wobbled
 from lora2fx.program import Program
 
 
@@ -83,3 +83,11 @@ def compare_gradients(program: Program, inputs: Inputs, folded: Folded) -> Gradi
         else:
             errors[name] = _error(found[name], wanted) if any(sizes) else inf
     return GradientErrors(errors, tuple(unreached))
+
+
+def gradient_noise(program: Program, inputs: Inputs, folded: Folded) -> dict[str, float]:
+    """By adapter how much its gradient moves, likewise, when every adapted weight moves by its last bit."""
+    expected = _through_weights(program, inputs, folded)
+    with wobbled(list(folded.weights.values())):
+        moved = _through_weights(program, inputs, folded)
+    return {name: _error(moved[name], wanted) if any(map(_size, wanted)) else 0.0 for name, wanted in expected.items()}

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lora2fx.adapter import Adapter
 from lora2fx.passes.outputs import scale
+from lora2fx.passes.state import preserved_values
 
 SIZE = 0.2
 """‖ΔW‖_F / ‖W‖_F of random factors: large enough that a missing or misplaced ΔW shows, small enough to stay sane."""
@@ -68,6 +69,20 @@ def masked(adapters: Sequence[Adapter]) -> Iterator[None]:
     finally:
         for mask, value in zip(found, before, strict=True):
             mask.copy_(value)
+
+
+@contextmanager
+def wobbled(weights: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Every weight a last bit away, up or down at random: a model that rounding can't tell from the right one."""
+    generator = torch.Generator().manual_seed(2)
+    distinct = list(dict.fromkeys(weights))
+    with preserved_values(distinct):
+        with torch.no_grad():
+            for weight in distinct:
+                up = torch.rand(weight.shape, generator=generator) < 0.5
+                bit = torch.finfo(weight.dtype).eps * torch.where(up, 1.0, -1.0).to(weight.device)
+                weight.copy_(weight.double() * (1 + bit.double()))
+        yield
 
 
 def pull_back(outputs: Sequence[Tensor], leaves: Sequence[Tensor]) -> list[Tensor | None]:

@@ -235,6 +235,33 @@ def test_what_the_outputs_do_not_show_the_gradient_does():
     assert found.failed == ("faint.lora2fx_weight",)
 
 
+class Amplifying(nn.Module):
+    """Turns the last bits of its hidden layer into visible differences."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 6)
+
+    def forward(self, x):
+        return torch.sin(3e3 * self.linear(x))
+
+
+@pytest.mark.parametrize(("new", "status"), [(None, "passed"), ("add = linear - type_as_2", "failed")])
+def test_a_model_that_amplifies_rounding_is_judged_by_its_own_noise(new, status):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Amplifying()
+    inputs = small_inputs(torch.float32)
+    reference = reference_outputs(model, inputs)
+    program = adapt(model, METHODS["lora2"], SITES[:1])
+    if new:
+        tamper(program, "linear", ADD, new)
+    found = verify_rewrites(program, inputs, reference)
+    assert found.status == status
+    folded = [check for check in found.checks if check["check"] == "folded"]
+    assert all(1e-5 < check["error"] and 1e-5 < check["tolerance"] < 0.2 for check in folded)
+
+
 def test_adapters_that_start_away_from_zero_are_refused():
     program, reference = rewritten()
     with torch.no_grad():
