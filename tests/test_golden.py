@@ -9,9 +9,11 @@ from torch import nn
 from lora2fx.methods.adalora import AdaLoRA
 from lora2fx.methods.lora import LoRA
 from lora2fx.methods.lora2 import LoRA2
+from lora2fx.methods.salora import SaLoRA
 from lora2fx.methods.sora import SoRA
 from lora2fx.training.allocator import keep_highest
 from lora2fx.training.driver import Attachment
+from lora2fx.training.hard_concrete import HardConcrete
 from lora2fx.training.importance import averages, axis_importance
 from lora2fx.training.proximal import soft_threshold
 from lora2fx.training.schedule import Phases
@@ -249,3 +251,19 @@ def test_eq8_and_eq9_keep_disjoint_sets(scorer):
         for index in keep.nonzero().flatten()
     ]
     assert kept == saved[f"keep_top2_{scorer}"]
+
+
+@pytest.mark.parametrize("index", range(2))
+def test_hard_concrete_gates(index):
+    saved = golden("hard_concrete.json")[index]
+    gates = HardConcrete(saved["tau"], saved["gamma"], saved["zeta"])
+    logits = matrix(saved["log_theta"])
+    close(gates.probability(logits), saved["prob_nonzero"])
+    close(gates.evaluation_gate(logits), saved["gate_eval"])
+    method = SaLoRA(r=len(logits), tau=saved["tau"], gamma=saved["gamma"], zeta=saved["zeta"])
+    adapter = fill(method.adapter(linear_site("layer", 3, 2)).double(), log_theta=logits)
+    close(adapter.gate(), saved["gate_eval"])
+    for noise, expected in zip(saved["u"], matrix(saved["gate"]).T, strict=True):
+        adapter.set_noise(torch.full((len(logits),), noise, dtype=torch.float64))
+        close(adapter.gate(), expected)
+    close(adapter.eval().gate(), saved["gate_eval"])

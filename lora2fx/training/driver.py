@@ -52,6 +52,8 @@ class Attachment:
 
     Raises `AdapterError` (attached already, parameters the optimizer doesn't hold) and `ScheduleError` (a schedule
     that doesn't fit, another run's length, LBFGS); then nothing is attached.
+
+    `evaluate` is for methods that score on a validation batch (ALoRA): set it to a function that returns -loss.
     """
 
     def __init__(self, adapters: Adapters, training: Training, optimizer: Optimizer, total_steps: int) -> None:
@@ -67,6 +69,7 @@ class Attachment:
         check_total(read_progress(self.adapters), total_steps)
         for allocator in training.allocators:
             allocator.check(self.adapters, total_steps)
+        self.evaluate: Callable[[], float] | None = None
         self._current: Step | None = None
         self._withheld: list[tuple[Tensor, Tensor | None]] = []
         self._penalty: Tensor | None = None
@@ -168,7 +171,7 @@ class Attachment:
         self._penalise(trained)
         if task is None:
             task = {} if loss_scale(self.optimizer) is None else copy_gradients(trained, self.optimizer)
-        self._current = Step(progress[0], self.total_steps, task, self.optimizer)
+        self._current = Step(progress[0], self.total_steps, task, self.optimizer, self.evaluate)
         for allocator in self.training.allocators:
             allocator.before_step(self.adapters, self._current)
 

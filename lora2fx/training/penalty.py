@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lora2fx.adapter import Adapter
 from lora2fx.training.sharding import whole
+from lora2fx.training.slots import Penalty
 
 Form = Literal["mean", "squared_sum"]
 FORMS = ("mean", "squared_sum")
@@ -75,3 +76,15 @@ class Orthogonality:
             factors = tuple(whole(adapter.get_parameter(name)) for name in self.factors)
             groups[(factors[0].device, *(factor.shape for factor in factors))].append(factors)
         return [tuple(torch.stack(column) for column in zip(*rows, strict=True)) for rows in groups.values()]
+
+
+@dataclass(frozen=True)
+class PenaltySum:
+    """Several penalties at once."""
+
+    parts: tuple[Penalty, ...]
+
+    def __call__(self, adapters: Sequence[Adapter]) -> Tensor:
+        """A scalar."""
+        values = [part(adapters) for part in self.parts]
+        return torch.stack([value.to(values[0]) for value in values]).sum()

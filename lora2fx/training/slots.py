@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -22,13 +22,14 @@ class Step:
     """One real optimiser step: its index t, the run's length T, and the final gradients.
 
     Final means accumulated, reduced, unscaled and clipped. `snapshot` holds, by the parameter's id, the gradients
-    that are not what `.grad` holds.
+    that are not what `.grad` holds. `evaluate` returns the model's -loss on the user's validation batch.
     """
 
     index: int
     total: int
     snapshot: Mapping[int, Tensor] = field(default_factory=dict)
     optimizer: Optimizer | None = None
+    evaluate: Callable[[], float] | None = None
 
     def gradient(self, parameter: Tensor) -> Tensor:
         """The gradient that scores read, like the parameter; a missing one is zero."""

@@ -1,0 +1,73 @@
+"""ALoRA (arXiv 2403.16187): LoRA whose ranks are scored by ablation and moved to the sites that need them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from lora2fx.errors import MethodError
+from lora2fx.methods.hyperparameters import check_count, check_factorisation, check_number, check_schedule, rank_of
+from lora2fx.methods.initial import constant, kaiming
+from lora2fx.methods.lora import LoRAAdapter
+from lora2fx.site import Site
+from lora2fx.training.ablation import AblationAllocator
+from lora2fx.training.slots import Training
+
+
+@dataclass(frozen=True)
+class ALoRA:
+    """ALoRA of rank `r` a site on average; scale lora_alpha / r, 1 by default.
+
+    After `tinit` steps (a tenth of the run), `cycles` times with `deltaT` steps between them (a fortieth), the
+    `n_prune` least important ranks of all sites (an eighth) move to sites that lost none, up to `max_r` (2 r) in a
+    site: factors have that many ranks, the spare ones masked. Set `attachment.evaluate` to a function that returns
+    -loss of a fixed validation batch; a cycle calls it twice for every active rank. `harmless` moves only ranks whose
+    loss costs no more than that.
+
+    Raises `MethodError` for hyperparameters that can't work.
+    """
+
+    r: int = 8
+    max_r: int | None = None
+    lora_alpha: float | None = None
+    lora_dropout: float = 0.0
+    n_prune: int | None = None
+    cycles: int = 8
+    tinit: int | None = None
+    deltaT: int | None = None
+    harmless: float | None = None
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    growth_seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_factorisation(
+            self.r, self.r if self.lora_alpha is None else self.lora_alpha, self.lora_dropout, self.rank_pattern
+        )
+        check_count("max_r", self.max_r, optional=True)
+        check_count("n_prune", self.n_prune, optional=True)
+        check_count("cycles", self.cycles)
+        check_schedule(None, None, self.deltaT, 0.0, 0.0)
+        check_count("tinit", self.tinit, optional=True)
+        check_count("growth_seed", self.growth_seed, least=0)
+        if self.harmless is not None:
+            check_number("harmless", self.harmless, float("-inf"))
+        most = max(self.r, *self.rank_pattern.values(), 0)
+        if self.max_r is not None and self.max_r < most:
+            raise MethodError(f"max_r={self.max_r} is less than the r={most} that a site starts with.")
+
+    def adapter(self, site: Site) -> LoRAAdapter:
+        """A fresh adapter, ΔW = 0, its ranks from `r` up to `max_r` spare."""
+        r = rank_of(site, self.r, self.rank_pattern)
+        most = 2 * r if self.max_r is None else self.max_r
+        A = kaiming(*site.batch_shape, most, site.in_features)
+        B = constant(0.0, *site.batch_shape, site.out_features, most)
+        adapter = LoRAAdapter(site, A, B, 1.0 if self.lora_alpha is None else self.lora_alpha / r, self.lora_dropout)
+        adapter.mask[r:] = adapter.keep[r:] = False
+        return adapter
+
+    def training(self) -> Training:
+        """The cycles."""
+        allocator = AblationAllocator(
+            "rank", self.n_prune, self.cycles, self.tinit, self.deltaT, self.harmless, self.growth_seed
+        )
+        return Training(None, (allocator,))

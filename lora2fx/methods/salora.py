@@ -1,0 +1,114 @@
+"""SaLoRA (Mathematics 2023, 11(20), 4317): ΔW = s · Aᵀ diag(g) Bᵀ, Hard-Concrete gates g under a density constraint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from lora2fx.methods.adalora import adalora_deviations
+from lora2fx.methods.hyperparameters import (
+    check_choice,
+    check_count,
+    check_factorisation,
+    check_number,
+    check_schedule,
+    rank_of,
+)
+from lora2fx.methods.initial import constant, gaussian, kaiming
+from lora2fx.methods.salora_factors import SaLoRAAdapter
+from lora2fx.site import Site
+from lora2fx.training.density import LAGRANGIANS, DensityPenalty, DensityWindow, Lagrangian
+from lora2fx.training.hard_concrete import HardConcrete
+from lora2fx.training.penalty import Orthogonality, PenaltySum, deviation
+from lora2fx.training.schedule import CubicSchedule
+from lora2fx.training.slots import Training
+
+OrthForm = Literal["squared_sum", "cosine"]
+ORTH_FORMS = ("squared_sum", "cosine")
+
+
+def cosine_deviations(factors: tuple[Tensor, ...]) -> list[Tensor]:
+    """Squared cosines between different rows of A, and columns of B: orthogonality that leaves their length alone."""
+    grams = []
+    for rows in (factors[0], factors[1].mT):
+        unit = nn.functional.normalize(rows, dim=-1)
+        gram = unit @ unit.mT
+        identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+        grams.append(deviation(gram * (1 - identity) + identity))
+    return grams
+
+
+@dataclass(frozen=True)
+class SaLoRA:
+    """SaLoRA from rank `r` to a pooled density of `target_density` of the factors' entries, softly enforced.
+
+    Gates move from step `tinit` on and are fixed `tfinal` steps before the end (see `CubicSchedule`; T_start and
+    T_end of the paper); give them about three times the factors' learning rate and no weight decay
+    (`lora2fx.training.groups.parameter_groups`). `lora_alpha=None` is the paper's scale of 1, else lora_alpha / r.
+    `orth_reg_weight` is small, since orthonormal factors with gates below 1 fix ‖ΔW‖; `orth_form="cosine"` leaves
+    lengths alone. `lagrangian="linear_quadratic"` meets the target more tightly.
+
+    Raises `MethodError` for hyperparameters that can't work.
+    """
+
+    r: int = 8
+    target_density: float = 0.5
+    lora_alpha: float | None = None
+    tinit: int | None = None
+    tfinal: int | None = None
+    orth_reg_weight: float = 1e-3
+    orth_form: OrthForm = "squared_sum"
+    lagrangian: Lagrangian = "quadratic"
+    multiplier_lr: float = 0.3
+    log_theta: float = 2.0
+    tau: float = 2 / 3
+    gamma: float = -0.1
+    zeta: float = 1.1
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    noise_seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_factorisation(self.r, 1.0 if self.lora_alpha is None else self.lora_alpha, 0.0, self.rank_pattern)
+        check_schedule(self.tinit, self.tfinal, None, 0.0, 0.0)
+        check_number("target_density", self.target_density, 0, 1, closed=False)
+        check_number("orth_reg_weight", self.orth_reg_weight, 0)
+        check_number("multiplier_lr", self.multiplier_lr, 0, closed=False)
+        check_number("tau", self.tau, 0, closed=False)
+        check_number("-gamma", -self.gamma, 0, closed=False)
+        check_number("zeta", self.zeta, 1, closed=False)
+        check_choice("orth_form", self.orth_form, ORTH_FORMS)
+        check_choice("lagrangian", self.lagrangian, LAGRANGIANS)
+        check_count("noise_seed", self.noise_seed, least=0)
+
+    def adapter(self, site: Site) -> SaLoRAAdapter:
+        """A fresh adapter, ΔW = 0, its gates at their evaluation value until it is attached."""
+        r = rank_of(site, self.r, self.rank_pattern)
+        A = kaiming(*site.batch_shape, r, site.in_features)
+        B = constant(0.0, *site.batch_shape, site.out_features, r)
+        log_theta = gaussian(0.01, *site.batch_shape, r)
+        with torch.no_grad():
+            log_theta.add_(self.log_theta)
+        scale = 1.0 if self.lora_alpha is None else self.lora_alpha / r
+        return SaLoRAAdapter(site, A, B, log_theta, self._gates(), scale)
+
+    def training(self) -> Training:
+        """Orthogonality, the Lagrangian, and the window in which gates move."""
+        density = DensityPenalty(self.target_density, self._gates(), self.lagrangian)
+        deviations = adalora_deviations if self.orth_form == "squared_sum" else cosine_deviations
+        orthogonality = Orthogonality(self.orth_reg_weight, ("A", "B"), deviations, 2, "squared_sum")
+        window = DensityWindow(
+            self.target_density,
+            self._gates(),
+            self.lagrangian,
+            CubicSchedule(self.tinit, self.tfinal),
+            self.multiplier_lr,
+            self.noise_seed,
+        )
+        return Training(PenaltySum((orthogonality, density)), (window,))
+
+    def _gates(self) -> HardConcrete:
+        return HardConcrete(self.tau, self.gamma, self.zeta)
