@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from typing import Any
 
 import torch
@@ -15,6 +16,12 @@ from lora2fx.errors import ExportError
 from lora2fx.exporters.runtime import first_line
 from lora2fx.exporters.shapes import Axes, Tensors
 from lora2fx.inputs import flatten_outputs
+
+_PLAIN = (
+    ("attn", "set_attn_implementation", "eager", ("sdpa", "flex_attention", "flash_attention_2")),
+    ("experts", "set_experts_implementation", "batched_mm", ("grouped_mm",)),
+)
+"""What a transformers config names, the model's method that sets it, a kernel that exports, and those that may not."""
 
 
 @contextmanager
@@ -39,15 +46,17 @@ def without_cache(models: Sequence[nn.Module]) -> list[str]:
     return ["config.use_cache=False"] if switched else []
 
 
-def with_eager_attention(models: Sequence[nn.Module]) -> bool:
-    """Put copies of transformers models on their eager attention; False where that changes nothing."""
-    switched = False
+def with_plain_kernels(models: Sequence[nn.Module]) -> list[str]:
+    """Put copies of transformers models on kernels that export where their own don't; says what was switched."""
+    switched: list[str] = []
     for model in models:
-        switch: Any = getattr(model, "set_attn_implementation", None)
-        if switch and getattr(getattr(model, "config", None), "_attn_implementation", "eager") != "eager":
-            switch("eager")
-            switched = True
-    return switched
+        config = getattr(model, "config", None)
+        for what, method, kernel, instead_of in _PLAIN:
+            switch: Any = getattr(model, method, None)
+            if switch is not None and getattr(config, f"_{what}_implementation", kernel) in instead_of:
+                switch(kernel)
+                switched.append(f"{what}_implementation={kernel!r}")
+    return list(dict.fromkeys(switched))
 
 
 def name_outputs(output: Any, inputs: Sequence[str]) -> list[str]:
@@ -78,8 +87,8 @@ def export_program(model: nn.Module, tensors: Tensors, axes: Axes, output_names:
     except Exception as error:  # torch.export raises many types, from user code too
         cause = error.__cause__ or error
         raise ExportError(
-            f"torch.onnx.export can't export {type(model).__name__}: {first_line(cause)}. A dimension that the model"
-            " fixes can be left out with dynamic_axes= (dynamic=False fixes all)."
+            f"torch.onnx.export can't export {type(model).__name__}: {first_line(cause)} If a"
+            " dimension is to blame that the model fixes, leave it out with dynamic_axes= (dynamic=False fixes all)."
         ) from error
     assert program is not None
     strip_traces(program.model)
@@ -97,13 +106,15 @@ def strip_traces(model: Any) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter's warnings are about its own internals (deprecations, optional packages, merged axis names)."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """The exporter warns about its own internals, logs missing packages, and prints the graph that it can't export."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.fx", "torch.export")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

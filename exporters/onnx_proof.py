@@ -15,37 +15,52 @@ from numpy.typing import NDArray
 from torch import nn
 
 from lora2fx.errors import ExportError
-from lora2fx.exporters.copies import double_copy
+from lora2fx.exporters.copies import Copies, double_copy
 from lora2fx.exporters.shapes import Case, Tensors
 from lora2fx.inputs import flatten_outputs
 
 Array = NDArray[Any]
 MARGIN_SHARE = 1e-3
 NOISE_FACTOR = 8.0
+MERGE_FACTOR = 64.0
 VACUOUS_BELOW = 100.0
 
 
 @dataclass
 class _Measure:
-    """One output over all cases: the file's error, the adapters' effect and float rounding, as largest differences."""
+    """One output over all cases, as largest differences from the adapted model's: what was exported, by case (errors),
+    the base's (margin), the adapted model's own in float64 (noise), and the merged copy's (merge).
+    """
 
     name: str
     errors: dict[str, float] = field(default_factory=dict)
     margin: float = 0.0
     noise: float = 0.0
+    merge: float = 0.0
 
     @property
     def tolerance(self) -> float:
         return max(MARGIN_SHARE * self.margin, NOISE_FACTOR * self.noise)
 
+    @property
+    def contrast(self) -> float:
+        return self.margin / self.noise if self.noise else 0.0
+
     def to_dict(self) -> dict[str, Any]:
         error = max(self.errors.values())
-        return {"name": self.name, "error": error, "margin": self.margin, "noise": self.noise, "max": self.tolerance}
+        return {
+            "name": self.name,
+            "error": error,
+            "allowed": self.tolerance,
+            "margin": self.margin,
+            "noise": self.noise,
+            "merge_error": self.merge,
+        }
 
 
 @dataclass(frozen=True)
 class Proof:
-    """What the output gate measured; it has passed."""
+    """What the output gate measured; it has passed. Margin and noise are those of the output that tells most."""
 
     max_error: float
     margin: float
@@ -61,41 +76,36 @@ class Proof:
 
 
 def prove_outputs(
-    run: Callable[[Tensors], Sequence[Array]],
-    reference: nn.Module,
-    base: nn.Module,
-    cases: Sequence[Case],
-    names: Sequence[str],
+    run: Callable[[Tensors], Sequence[Array]], copies: Copies, cases: Sequence[Case], names: Sequence[str]
 ) -> Proof:
-    """Hold the file's outputs (`run`) against the reference's, for every case and output.
+    """Hold what was exported (`run`) against the adapted model, for every case and output.
 
-    error ≤ max(10⁻³ · margin, 8 · noise) with margin = max|reference − base| and noise = max|reference in its own
-    dtype − in float64|, each over all cases. `vacuous` where margin < 100 · noise for every output: then only the
-    weights prove that the adaptation is there. Raises `ExportError` naming output and case.
+    error ≤ max(10⁻³ · margin, 8 · noise) with margin = max|adapted − base| and noise = max|adapted in its own dtype −
+    in float64|, each over all cases; and the merged copy stays within 64 · noise of the adapted model, which no small
+    part of the adaptation escapes. `vacuous` where margin < 100 · noise for every output: then only the weights prove
+    that the adaptation is there. Raises `ExportError` naming output and case.
     """
     measures = [_Measure(name) for name in names]
-    exact, source = _double(reference, cases[0])
+    exact, source = _double(copies.adapted, cases[0])
     for case in cases:
-        expected = outputs_of(reference, case.tensors)
-        plain = expected if base is reference else outputs_of(base, case.tensors)
-        precise = None if exact is None else outputs_of(exact, _doubled(case.tensors))
-        _measure(measures, case.name, run(case.tensors), expected, plain, precise)
-    _check(measures)
+        _measure(measures, case, run(case.tensors), copies, exact)
+    for measure in measures:
+        _check(measure)
+    best = max(measures, key=lambda measure: measure.contrast)
     errors = {case.name: max(measure.errors[case.name] for measure in measures) for case in cases}
-    shapes = [
-        {"case": case.name, "error": errors[case.name], "inputs": {k: list(t.shape) for k, t in case.tensors.items()}}
-        for case in cases
-    ]
-    ratio = max(measures, key=lambda measure: measure.margin / measure.noise if measure.noise else 0.0)
     return Proof(
         max_error=max(errors.values()),
-        margin=ratio.margin,
-        noise=ratio.noise,
-        vacuous=ratio.margin < VACUOUS_BELOW * ratio.noise or ratio.margin == 0.0,
-        shapes=tuple(shapes),
+        margin=best.margin,
+        noise=best.noise,
+        vacuous=best.contrast < VACUOUS_BELOW,
+        shapes=tuple(_shape_entry(case, errors[case.name]) for case in cases),
         outputs=tuple(measure.to_dict() for measure in measures),
         noise_source=source,
     )
+
+
+def _shape_entry(case: Case, error: float) -> dict[str, Any]:
+    return {"case": case.name, "error": error, "inputs": {k: list(t.shape) for k, t in case.tensors.items()}}
 
 
 def outputs_of(model: nn.Module, tensors: Tensors) -> list[Array]:
@@ -119,26 +129,30 @@ def _doubled(tensors: Tensors) -> Tensors:
 
 
 def _measure(
-    measures: Sequence[_Measure],
-    case: str,
-    found: Sequence[Array],
-    expected: Sequence[Array],
-    plain: Sequence[Array],
-    precise: Sequence[Array] | None,
+    measures: Sequence[_Measure], case: Case, found: Sequence[Array], copies: Copies, exact: nn.Module | None
 ) -> None:
-    if len(found) != len(expected) or len(measures) != len(expected):
-        raise ExportError(f"the exported file gives {len(found)} outputs where the model gives {len(expected)}.")
-    for index, measure in enumerate(measures):
-        if found[index].shape != expected[index].shape:
+    expected = outputs_of(copies.adapted, case.tensors)
+    _check_shapes(measures, case, found, expected)
+    plain = expected if copies.base is copies.adapted else outputs_of(copies.base, case.tensors)
+    merged = expected if copies.merged is copies.adapted else outputs_of(copies.merged, case.tensors)
+    precise = expected if exact is None else outputs_of(exact, _doubled(case.tensors))
+    for measure, *values, reference in zip(measures, found, plain, merged, precise, expected, strict=True):
+        error, margin, merge, noise = (largest_difference(value, reference) for value in values)
+        measure.errors[case.name] = error
+        measure.margin = max(measure.margin, margin)
+        measure.merge = max(measure.merge, merge)
+        measure.noise = max(measure.noise, noise, _least_noise(reference))
+
+
+def _check_shapes(measures: Sequence[_Measure], case: Case, found: Sequence[Array], expected: Sequence[Array]) -> None:
+    if not len(found) == len(expected) == len(measures):
+        raise ExportError(f"what was exported gives {len(found)} outputs where the model gives {len(expected)}.")
+    for measure, own, other in zip(measures, found, expected, strict=True):
+        if own.shape != other.shape:
             raise ExportError(
-                f"the exported file's output {measure.name} is {found[index].shape} at {case}, the model's is"
-                f" {expected[index].shape}. Keep that dimension fixed with dynamic_axes=, or export with dynamic=False."
+                f"what was exported gives {measure.name} as {own.shape} at {case.name}, the model as {other.shape}."
+                " Keep that dimension fixed with dynamic_axes=, or export with dynamic=False."
             )
-        measure.errors[case] = largest_difference(found[index], expected[index])
-        measure.margin = max(measure.margin, largest_difference(plain[index], expected[index]))
-        measure.noise = max(measure.noise, _least_noise(expected[index]))
-        if precise is not None:
-            measure.noise = max(measure.noise, largest_difference(precise[index], expected[index]))
 
 
 def largest_difference(own: Array, other: Array) -> float:
@@ -158,12 +172,17 @@ def _least_noise(expected: Array) -> float:
     return float(np.finfo(expected.dtype).eps * finite.max(initial=0.0))
 
 
-def _check(measures: Sequence[_Measure]) -> None:
-    for measure in measures:
-        for case, error in measure.errors.items():
-            if not error <= measure.tolerance:
-                raise ExportError(
-                    f"the exported file does not compute what the model does: at {case}, output {measure.name} is"
-                    f" off by {error:.3g}, and {measure.tolerance:.3g} is allowed (adapters' effect"
-                    f" {measure.margin:.3g}, rounding {measure.noise:.3g}). Nothing was written."
-                )
+def _check(measure: _Measure) -> None:
+    for case, error in measure.errors.items():
+        if not error <= measure.tolerance:
+            raise ExportError(
+                f"what was exported does not compute what the model does: at {case}, output {measure.name} is off by"
+                f" {error:.3g}, and {measure.tolerance:.3g} is allowed (adapters' effect {measure.margin:.3g}, rounding"
+                f" {measure.noise:.3g}). Nothing was written."
+            )
+    if not measure.merge <= MERGE_FACTOR * measure.noise:
+        raise ExportError(
+            f"the merged weights do not compute what the adapted model does: output {measure.name} is off by"
+            f" {measure.merge:.3g}, where rounding is {measure.noise:.3g}. An adapter isn't used where its weight is;"
+            " transform the model with verify=True, which names it. Nothing was written."
+        )

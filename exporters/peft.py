@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lora2fx.errors import ExportError
 from lora2fx.exporters.copies import Copies, bind_constants, copies_of, unloaded_copy, unwrapped
 from lora2fx.exporters.model_card import model_card
-from lora2fx.exporters.onnx_program import plain_attention, without_cache
+from lora2fx.exporters.onnx_program import without_cache
 from lora2fx.exporters.peft_layers import Layer, peft_layers
 from lora2fx.exporters.peft_proof import prove_layers, prove_peft_outputs, read_back
 from lora2fx.exporters.shapes import named_inputs
@@ -50,7 +50,8 @@ def export_peft(
     place, model = Path(folder), unwrapped(model)
     check_folder(place, OWNED)
     program = program_of(model, "export_peft")
-    layers = peft_layers(program)
+    runs = example_inputs is not None or is_pretrained(model)
+    layers = peft_layers(program, runs)
     copies = copies_of(model, "export_peft")
     rank = max(layer.update.rank for layer in layers)
     tensors = {key: value for layer in layers for key, value in _tensors(layer, rank, layout).items()}
@@ -58,7 +59,7 @@ def export_peft(
     with staging(place.parent) as aside:
         staged = aside / place.name
         _write(staged, program, layers, rank, layout, tensors)
-        verify, details = _prove(staged, model, copies, layers, tensors, example_inputs)
+        verify, details = _prove(staged, copies, layers, tensors, example_inputs, runs)
         publish_folder(staged, place, OWNED)
     ranks = {layer.path: layer.update.rank for layer in layers}
     details |= {"layout": layout, "r": rank, "ranks": ranks, "files": sorted(OWNED)}
@@ -146,27 +147,25 @@ def _base_name(root: nn.Module) -> str | None:
 
 def _prove(
     staged: Path,
-    model: nn.Module,
     copies: Copies,
     layers: Sequence[Layer],
     tensors: Mapping[str, Tensor],
     example_inputs: ExampleInputs,
+    runs: bool,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Load the folder through PEFT and compare keys, values, updates and outputs."""
     fresh = unloaded_copy(copies.adapted, "export_peft").eval()
     checks = ["keys and values", "updates"]
-    models = [copies.adapted, copies.base, fresh]
+    models = [copies.adapted, copies.base, copies.merged, fresh]
     without_cache(models)
-    inputs = None
-    if example_inputs is not None or is_pretrained(model):
+    if runs:
         inputs, constants = named_inputs(copies.adapted, as_inputs(copies.adapted, example_inputs))
         for module in models:
             bind_constants(module, constants)
     loaded = read_back(fresh, staged, tensors)
     update_error = prove_layers(loaded, layers, copies.changes)
-    if inputs is None:
+    if not runs:
         note = "outputs: not checked, since example_inputs= was not given"
         return {"status": "passed", "max_error": update_error, "checks": [*checks, note]}, {}
-    with plain_attention():
-        proof = prove_peft_outputs(loaded, copies, inputs)
+    proof = prove_peft_outputs(loaded, copies, inputs)
     return {"status": "passed", "max_error": proof.max_error, "checks": [*checks, "outputs"]}, proof.to_dict()

@@ -38,15 +38,15 @@ class Layer:
         }
 
 
-def peft_layers(program: Program) -> list[Layer]:
-    """A layer for every adapted module whose ΔW isn't 0.
+def peft_layers(program: Program, runs: bool) -> list[Layer]:
+    """A layer for every adapted module whose ΔW isn't 0. `runs`: whether the outputs will be compared.
 
     Raises `ExportError` listing the weights that no PEFT module owns, and where nothing is left.
     """
     adapters: dict[str, list[Adapter]] = {}
     for adapter in program.adapters.values():
         adapters.setdefault(adapter.site.weight, []).append(adapter)
-    refused = {weight: why for weight, own in adapters.items() if (why := _reason(program.root, own[0]))}
+    refused = {weight: why for weight, own in adapters.items() if (why := _reason(program.root, own[0], runs))}
     if refused:
         listed = "; ".join(f"{weight} ({why})" for weight, why in refused.items())
         raise ExportError(
@@ -74,15 +74,15 @@ def _class(root: nn.Module, adapter: Adapter) -> type[nn.Module]:
     return owner.original_class if isinstance(owner, Adapted) else type(owner)
 
 
-def _reason(root: nn.Module, adapter: Adapter) -> str | None:
+def _reason(root: nn.Module, adapter: Adapter, runs: bool) -> str | None:
     """Why PEFT can't carry this weight, or None."""
     site, cls = adapter.site, _class(root, adapter)
     if not site.owner:
         return "the model itself owns it"
     if site.parameter != "weight" or not (cls is nn.Linear or _is_conv1d(cls) or cls in _CONVOLUTIONS):
         return f"parameter {site.parameter!r} of a {cls.__name__}"
-    if adapter.rewrite == "property":
-        return f"read from outside its {cls.__name__}, or by a forward that can't be traced"
+    if adapter.rewrite == "property" and not runs:
+        return "it may be read from outside its module, which only example_inputs= can tell"
     owner = root.get_submodule(site.owner)
     if getattr(owner, "groups", 1) != 1:
         return f"a {cls.__name__} of {owner.groups} groups"

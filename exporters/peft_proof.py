@@ -75,4 +75,4 @@ def prove_peft_outputs(loaded: Any, copies: Copies, inputs: Tensors) -> Proof:
     case = Case("example inputs", inputs)
     with torch.no_grad():
         names = name_outputs(copies.adapted(**inputs), list(inputs))
-    return prove_outputs(lambda tensors: outputs_of(loaded, tensors), copies.adapted, copies.base, [case], names)
+    return prove_outputs(lambda tensors: outputs_of(loaded, tensors), copies, [case], names)

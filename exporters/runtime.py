@@ -77,9 +77,10 @@ def run_session(session: Any, tensors: Mapping[str, Tensor]) -> list[np.ndarray[
 
 
 def first_line(error: BaseException) -> str:
-    """An exception's type and the first line of its text that says anything."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:300] if lines else 'no text'}"
+    """An exception's type and its text's first line, with the next one where that only introduces it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no text"]
+    text = " ".join(lines[:2] if lines[0].endswith(":") else lines[:1])
+    return f"{type(error).__name__}: {text[:300]}"
 
 
 def _name(provider: Provider) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,12 @@ class Shapes:
     axes: Axes
     traced: Mapping[str, int]
     larger: Mapping[str, int]
+
+    def without(self, symbols: Collection[str]) -> Shapes:
+        """The same with these symbols' dimensions fixed."""
+        axes = {name: {d: s for d, s in dims.items() if s not in symbols} for name, dims in self.axes.items()}
+        traced = {symbol: size for symbol, size in self.traced.items() if symbol not in symbols}
+        return Shapes({name: dims for name, dims in axes.items() if dims}, traced, self.larger)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,125 @@
+"""Export base and merged model alike, as dynamic and on the model's own kernels as far as torch.export follows."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora2fx.errors import ExportError, Lora2fxWarning
+from lora2fx.exporters.copies import Copies
+from lora2fx.exporters.onnx_program import export_program, name_outputs, with_plain_kernels
+from lora2fx.exporters.onnx_proof import outputs_of
+from lora2fx.exporters.shapes import Case, Shapes, Tensors, cases, find_axes, given_axes
+
+NamedAxes = Mapping[str, Mapping[int, str]]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is asked of an export: its dynamic dimensions, the inputs to check it with, its outputs' names."""
+
+    shapes: Shapes
+    cases: tuple[Case, ...]
+    not_checked: tuple[str, ...]
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """The two graphs (onnxscript IR; one and the same for a plain model), their plan, and what was switched for it."""
+
+    base: Any
+    merged: Any
+    plan: Plan
+    switched: tuple[str, ...]
+
+
+def export_both(
+    copies: Copies, tensors: Tensors, axes: NamedAxes | None, output_names: Sequence[str] | None, opset: int
+) -> Exported:
+    """The base's and the merged model's graphs. `axes` None finds the dimensions that may vary; {} fixes all.
+
+    Where torch.export refuses, transformers models go to plainer kernels, and then found sequences become fixed, with
+    a `Lora2fxWarning`; axes that were given never do. Raises the first `ExportError` if nothing helps.
+    """
+    found = _shapes(copies.adapted, tensors, axes)
+    fixed = set(found.traced) - {"batch"}
+    switched: list[str] = []
+    errors: list[ExportError] = []
+    for shapes in [found, found.without(fixed)] if fixed and axes is None else [found]:
+        plan = _plan(copies.adapted, tensors, shapes, output_names)
+        for plainer in (False, True):
+            now = with_plain_kernels([copies.base, copies.merged]) if plainer else []
+            if plainer and not now:
+                break
+            switched += now
+            try:
+                base, merged = _graphs(copies, plan, opset)
+            except ExportError as error:
+                errors.append(error)
+                continue
+            if shapes is not found:
+                _warn_fixed(fixed, errors[0])
+            return Exported(base, merged, plan, tuple(switched))
+    raise errors[0]
+
+
+def _graphs(copies: Copies, plan: Plan, opset: int) -> tuple[Any, Any]:
+    tensors, axes = plan.cases[0].tensors, plan.shapes.axes
+    merged = export_program(copies.merged, tensors, axes, plan.names, opset)
+    if copies.base is copies.merged:
+        return merged, merged
+    return export_program(copies.base, tensors, axes, plan.names, opset), merged
+
+
+def _warn_fixed(fixed: set[str], error: ExportError) -> None:
+    warnings.warn(
+        f"{', '.join(sorted(fixed))} can vary in the model and is fixed in the exported graph, at the size of the"
+        f" example inputs: {error}",
+        Lora2fxWarning,
+        stacklevel=5,
+    )
+
+
+def _runs(model: nn.Module, tensors: Tensors) -> bool:
+    try:
+        outputs_of(model, tensors)
+    except Exception:  # whatever a model's own forward raises at a size that it doesn't take
+        return False
+    return True
+
+
+def _shapes(model: nn.Module, tensors: Tensors, axes: NamedAxes | None) -> Shapes:
+    if not tensors:
+        raise ExportError(f"{type(model).__name__} was given no tensor input: an ONNX graph needs one.")
+    outputs_of(model, tensors)  # the user's own inputs: the model's own error is the best message
+    if axes is None:
+        return find_axes(tensors, lambda inputs: _runs(model, inputs))
+    return given_axes(tensors, axes, lambda inputs: _runs(model, inputs))
+
+
+def _plan(model: nn.Module, tensors: Tensors, shapes: Shapes, output_names: Sequence[str] | None) -> Plan:
+    every = cases(tensors, shapes)
+    can = tuple(case for case in every if _runs(model, case.tensors))
+    if not can or can[0] is not every[0]:
+        raise ExportError(
+            f"{type(model).__name__} runs on the example inputs and not at the sizes to trace,"
+            f" {dict(shapes.traced)}. Name the dimensions that may vary with dynamic_axes=."
+        )
+    skipped = tuple(case.name for case in every if case not in can)
+    return Plan(shapes, can, skipped, _output_names(model, can[0].tensors, output_names))
+
+
+def _output_names(model: nn.Module, tensors: Tensors, given: Sequence[str] | None) -> tuple[str, ...]:
+    with torch.no_grad():
+        found = name_outputs(model(**tensors), list(tensors))
+    if given is None:
+        return tuple(found)
+    if len(given) != len(found):
+        raise ExportError(f"output_names has {len(given)} names, and the outputs are {', '.join(found)}.")
+    return tuple(given)
