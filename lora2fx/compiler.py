@@ -71,6 +71,15 @@ def untie_weight(model: nn.Module, site: Site, names: tuple[str, ...], untie: bo
     return old
 
 
+def untie_config(model: nn.Module) -> bool | None:
+    """Have a transformers config say that no embeddings are tied; returns what it said before."""
+    config = getattr(model, "config", None)
+    before: bool | None = getattr(config, TIED, None)
+    if before is not None:
+        setattr(config, TIED, False)
+    return before
+
+
 def make_adapter(model: nn.Module, site: Site, method: Method) -> Adapter:
     """A fresh adapter on the weight's device, float32 or wider."""
     weight = model.get_parameter(site.weight)
@@ -205,13 +214,12 @@ def transform(
         reference = reference_outputs(model, found.inputs) if check and found.inputs is not None else None
         untied = {
             site.weight: untie_weight(model, site, found.ties[site.weight], untie)
-            for site in sites
+            for site in {site.weight: site for site in sites}.values()
             if site.weight in found.ties
         }
-        if untied and getattr(model, "config", None) is not None:
-            setattr(model.config, TIED, False)
         skipped = _skipped(found, sites, saved)
         record = Record(method, trainable, saved, originals(model, saved), untied, {}, skipped, coverage(free, sites))
+        record.tied_config = untie_config(model) if untied else None
         program = _program(model, sites, record, seed)
         plans = {
             name: plan_rewrite(model, adapter.site, found.outside_reads) for name, adapter in program.adapters.items()

@@ -34,7 +34,8 @@ class Record:
     """What `transform` leaves on the model beside the adapters, for the passes that undo and report it.
 
     `originals` are the values before training of everything in `modules_to_save`; `untied` the Parameters that
-    adapted weights were tied to, by weight. `coverage` says where only some of repeated blocks were matched.
+    adapted weights were tied to, by weight, and `tied_config` what the config said then.
+    `coverage` says where only some of repeated blocks were matched.
     """
 
     method: Method
@@ -42,6 +43,7 @@ class Record:
     modules_to_save: tuple[str, ...] = ()
     originals: dict[str, Tensor] = field(default_factory=dict)
     untied: dict[str, nn.Parameter] = field(default_factory=dict)
+    tied_config: bool | None = field(default=None, kw_only=True)
     verify: dict[str, Any] = field(default_factory=dict)
     skipped: tuple[dict[str, Any], ...] = ()
     coverage: list[str] = field(default_factory=list)

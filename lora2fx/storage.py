@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lora2fx.adapter import Adapter
 from lora2fx.analysis import tied_weights
-from lora2fx.compiler import all_or_nothing, install, originals, refuse_adapted, untie_weight
+from lora2fx.compiler import all_or_nothing, install, originals, refuse_adapted, untie_config, untie_weight
 from lora2fx.errors import AdapterError, FormatError
 from lora2fx.passes.entries import adapter_entry, totals
 from lora2fx.passes.fold import site_weight
@@ -136,11 +136,12 @@ def _install(model: nn.Module, manifest: Manifest, method: Method, adapters: dic
     ties = tied_weights(model)
     untied = {
         weight: untie_weight(model, saved.site, ties[weight], untie=True)
-        for saved in manifest.sites
+        for saved in {saved.site.weight: saved for saved in manifest.sites}.values()
         if (weight := saved.site.weight) in ties
     }
     before = originals(model, manifest.modules_to_save)
     record = Record(method, trainable, manifest.modules_to_save, before, untied)
+    record.tied_config = untie_config(model) if untied else None
     record.verify = {"status": "UNVERIFIED", "max_error": None, "checks": [], "reason": "loaded from a file"}
     install(Program(model, model, record, adapters), {saved.adapter: saved.rewrite for saved in manifest.sites})
 

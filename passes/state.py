@@ -26,7 +26,7 @@ def seed_all(seed: int) -> None:
 
 
 def _cuda_in_use() -> bool:
-    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+    return bool(torch.cuda.is_initialized())
 
 
 @contextmanager

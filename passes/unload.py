@@ -36,9 +36,8 @@ def _tie_again(program: Program) -> None:
     for weight, shared in program.record.untied.items():
         owner, _, parameter = weight.rpartition(".")
         program.root.get_submodule(owner)._parameters[parameter] = shared
-    config = getattr(program.root, "config", None)
-    if program.record.untied and config is not None:
-        setattr(config, TIED, True)
+    if program.record.tied_config is not None:
+        setattr(program.root.config, TIED, program.record.tied_config)
 
 
 def _targets(program: Program) -> dict[str, tuple[Tensor, Tensor]]:
