@@ -65,6 +65,7 @@ def load_folder(folder: Path, class_name: str | None = None) -> Source:
     from transformers import AutoConfig
     from transformers.utils import logging
 
+    shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
         if any(next(folder.glob(pattern), None) for pattern in WEIGHTS):
@@ -75,7 +76,8 @@ def load_folder(folder: Path, class_name: str | None = None) -> Source:
     except (OSError, ValueError, RuntimeError) as error:
         raise SourceError(f"{folder} can't be loaded: {error}") from error
     finally:
-        logging.enable_progress_bar()
+        if shown:
+            logging.enable_progress_bar()
 
 
 def call_factory(name: str) -> Source:

@@ -102,7 +102,7 @@ def check_folder(out: Path) -> None:
 
 
 def run_demo(out: Path, seed: int = 0, size: Size = FULL) -> dict[str, Any]:
-    """Run the demo and leave `adapter/`, `model.onnx`, `report.json` and `report.html` in `out`.
+    """Run the demo and leave `adapter/`, `model.onnx` (with the exporter's report), `report.json` and `report.html`.
 
     Returns what `report.json` holds. Raises `Lora2fxError` where the demo's packages are missing.
     """
@@ -112,7 +112,9 @@ def run_demo(out: Path, seed: int = 0, size: Size = FULL) -> dict[str, Any]:
     with one_thread():
         run = compete(size, seed, out)
         run |= {"environment": _environment(), "size": asdict(size), "seconds": time.perf_counter() - start}
-    page = demo_tables(run)
-    (out / "report.json").write_text(json.dumps(run, indent=1))
-    (out / "report.html").write_text(render_html(page | {"sites": run["delivered"]["sites"]}))
-    return run
+    text = json.dumps(run, indent=1)
+    stored: dict[str, Any] = json.loads(text)
+    page = demo_tables(stored) | {"sites": stored["delivered"]["sites"]}
+    (out / "report.json").write_text(text, encoding="utf-8")
+    (out / "report.html").write_text(render_html(page), encoding="utf-8")
+    return stored
