@@ -16,8 +16,8 @@ def _aten(names: str) -> frozenset[str]:
 
 _MOVING = _aten(
     "_to_copy to clone contiguous copy copy_ lift_fresh dropout native_dropout cat stack repeat repeat_interleave roll"
-    " flip constant_pad_nd reflection_pad1d replication_pad1d gather take index index_select _unsafe_index masked_select"
-    " index_put index_put_ _unsafe_index_put index_add index_add_ index_copy index_copy_ scatter scatter_"
+    " flip constant_pad_nd reflection_pad1d replication_pad1d gather take index index_select _unsafe_index"
+    " masked_select index_put index_put_ _unsafe_index_put index_add index_add_ index_copy index_copy_ scatter scatter_"
     " scatter_add scatter_add_ slice_scatter select_scatter as_strided_scatter masked_scatter masked_scatter_ tril triu"
     " im2col col2im pixel_shuffle pixel_unshuffle channel_shuffle polar complex"
 )
@@ -31,8 +31,8 @@ _NORMS = _aten(
 )
 _POOLING = _aten(
     "avg_pool1d avg_pool2d avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_avg_pool1d max_pool1d"
-    " max_pool2d max_pool2d_with_indices max_pool3d_with_indices upsample_nearest1d upsample_nearest2d upsample_nearest3d"
-    " upsample_linear1d upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d"
+    " max_pool2d max_pool2d_with_indices max_pool3d_with_indices upsample_nearest1d upsample_nearest2d"
+    " upsample_nearest3d upsample_linear1d upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d"
 )
 _ADDING = _aten("add sub rsub addcmul lerp index_add")
 _PRODUCTS = _aten("mul div")

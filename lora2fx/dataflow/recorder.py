@@ -70,6 +70,7 @@ class Recorder(TorchDispatchMode):
         self._known: MutableMapping[Tensor, int] = WeakTensorKeyDictionary()
         self._storages = dict[int, StorageWeakRef]()  # held, so that no freed storage's address is used again
         self._writes = defaultdict[int, list[int]](list)
+        self._since = dict[int, int]()  # the last value that may have been written before a view was taken
         self._homes = dict[int, int]()
         self._holders = defaultdict[int, list[tuple[str, nn.Module]]](list)
         for path, owner in model.named_modules():
@@ -109,28 +110,38 @@ class Recorder(TorchDispatchMode):
         outputs = tuple(self._new_value(tensor, index) for tensor in made)
         self.ops.append(Op(index, name, func, args, kwargs, inputs, outputs, self._holder(inputs)))
 
-    def _value(self, tensor: Tensor) -> int:
-        """The id of a tensor as it is now; a tensor never seen is a constant, or another view of a parameter."""
+    def _value(self, tensor: Tensor, looked_at: bool) -> int:
+        """The id of a tensor as it is now; a tensor never seen is a constant, or another view of a parameter.
+
+        Where it is only `looked_at`, what was written into it is left for whoever reads the view: it may be
+        of another part.
+        """
         if tensor not in self._known:
             value = self._new_value(tensor, None)
             home = self._homes.get(self.values[value].storage)
             if home is not None:
                 self._append_op(ALIAS, None, (Ref(home),), {}, (tensor,))
-        value = int(self._known[tensor])
-        later = [write for write in self._writes.get(self.values[value].storage, ()) if write > value]
-        later = [write for write in later if overlap(self.values[value], self.values[write])]
-        if later:
-            self._append_op(ALIAS, None, tuple(Ref(source) for source in (value, *later)), {}, (tensor,))
+        if not looked_at:
+            self._join_writes(tensor)
         value = int(self._known[tensor])
         if not tensor.is_floating_point() and not tensor.is_complex():
             self.constants[value] = tensor
         return value
 
-    def _argument(self, nested: Any) -> Any:
+    def _join_writes(self, tensor: Tensor) -> None:
+        """Give a tensor a new value where another view of its storage has written into it."""
+        value = self._known[tensor]
+        since, at = self._since.get(value, value), self.values[value]
+        later = [write for write in self._writes.get(at.storage, ()) if write > since]
+        later = [write for write in later if write != value and overlap(at, self.values[write])]
+        if later:
+            self._append_op(ALIAS, None, tuple(Ref(source) for source in (value, *later)), {}, (tensor,))
+
+    def _argument(self, nested: Any, looked_at: bool) -> Any:
         if isinstance(nested, Tensor):
-            return Ref(self._value(nested))
+            return Ref(self._value(nested, looked_at))
         if isinstance(nested, (list, tuple)):
-            return tuple(self._argument(item) for item in nested)
+            return tuple(self._argument(item, looked_at) for item in nested)
         return nested
 
     def _holder(self, inputs: tuple[int, ...]) -> str | None:
@@ -159,12 +170,20 @@ class Recorder(TorchDispatchMode):
                 parts = func.decompose(*args, **named)
             if parts is not NotImplemented:
                 return parts
-        refs = self._argument(args)
-        named_refs = {name: self._argument(value) for name, value in named.items()}
+        looks = isinstance(func, OpOverload) and func.is_view
+        refs = self._argument(args, looks)
+        named_refs = {name: self._argument(value, looks) for name, value in named.items()}
         made = func(*args, **named)
         self._append_op(_name(func), func, refs, named_refs, _tensors(made))
+        if looks:
+            self._note_view(self.ops[-1])
         self._note_writes(func, args, named)
         return made
+
+    def _note_view(self, op: Op) -> None:
+        """A view knows of no write that the tensor it is of doesn't know of."""
+        since = self._since.get(op.inputs[0], op.inputs[0])
+        self._since.update(dict.fromkeys(op.outputs, since))
 
     def _note_writes(self, func: Any, args: tuple[Any, ...], named: dict[str, Any]) -> None:
         schema = getattr(func, "_schema", None)
