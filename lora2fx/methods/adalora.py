@@ -65,8 +65,8 @@ class AdaLoRA:
     Raises `MethodError` for hyperparameters that can't work.
     """
 
-    r: int = 12
-    target_r: float | None = 8
+    r: int = 8
+    target_r: float | None = None
     lora_alpha: float = 16
     lora_dropout: float = 0.0
     tinit: int | None = None
