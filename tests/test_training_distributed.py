@@ -1,0 +1,46 @@
+"""Two processes score the same bits and keep the same entries, and end where one process on all data ends."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from lora2fx.methods.lora2 import LoRA2
+from tests.distributed_run import train
+from tests.test_training_driver import Model, adamw, attach
+
+METHOD = LoRA2(r=4, k=3, init="orthonormal", target_r=2, target_k=2, tinit=2, tfinal=4, deltaT=2)
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_two_processes_are_one(kind, tmp_path):
+    command = [sys.executable, "-W", "ignore", "-m", "tests.distributed_run"]
+    port = str(free_port())
+    workers = [
+        subprocess.Popen([*command, str(rank), port, kind, str(tmp_path / "state")], stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    errors = [worker.communicate(timeout=200)[1] for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0], errors
+    first, second = (torch.load(tmp_path / f"state.{rank}", weights_only=True) for rank in range(2))
+    model = Model(METHOD)
+    optimizer = adamw(model)
+    alone = train(model, model, optimizer, attach(model, optimizer, METHOD), 1, 0)
+    assert first.keys() == second.keys() == alone.keys()
+    for name, value in alone.items():
+        assert torch.equal(first[name], second[name]), name
+        if value.dtype == torch.bool:
+            assert torch.equal(first[name], value), name
+        else:
+            torch.testing.assert_close(first[name], value, rtol=1e-9, atol=1e-12, msg=name)
+    assert int(sum(value.sum() for name, value in alone.items() if name.endswith("adapter.mask"))) == 4
