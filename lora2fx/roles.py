@@ -8,15 +8,16 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lora2fx.dataflow.attention import SINGLE, AttentionRoles
+from lora2fx.dataflow.attention import AttentionRoles
 from lora2fx.dataflow.claims import Claim
 from lora2fx.dataflow.columns import Columns, ranges
-from lora2fx.dataflow.contractions import Use, Weights
+from lora2fx.dataflow.cores import SINGLE
 from lora2fx.dataflow.covering import parameter_columns
 from lora2fx.dataflow.endings import ending_claims
 from lora2fx.dataflow.feedforward import FeedForwardRoles
 from lora2fx.dataflow.graph import Dataflow
 from lora2fx.dataflow.recording import INPUT, Recording
+from lora2fx.dataflow.weights import Use, Weights
 from lora2fx.errors import InputsError
 from lora2fx.site import Site
 

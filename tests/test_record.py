@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora2fx.dataflow.graph import Dataflow
-from lora2fx.dataflow.recorder import overlap
+from lora2fx.dataflow.overlaps import overlap
 from lora2fx.dataflow.recording import Recording, Value
 from lora2fx.errors import InputsError
 from lora2fx.inputs import Inputs, as_inputs

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lora2fx.dataflow.columns import Columns, columns_reaching
-from lora2fx.dataflow.contractions import Use
 from lora2fx.dataflow.graph import Dataflow, Ops
 from lora2fx.dataflow.ops import is_narrowing
+from lora2fx.dataflow.weights import Use
 
 
 @dataclass(frozen=True)

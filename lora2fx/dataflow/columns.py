@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora2fx.dataflow.contractions import Use, is_convolution
+from lora2fx.dataflow.contractions import is_convolution
 from lora2fx.dataflow.graph import Dataflow
 from lora2fx.dataflow.ops import is_view
 from lora2fx.dataflow.recording import ALIAS, Op, Recording, Ref
+from lora2fx.dataflow.weights import Use
 
 Columns = frozenset[int]
 

@@ -6,8 +6,8 @@ from math import prod
 
 import torch
 
-from lora2fx.dataflow.contractions import Use
 from lora2fx.dataflow.recording import Recording, Value
+from lora2fx.dataflow.weights import Use
 from lora2fx.site import Layout
 
 

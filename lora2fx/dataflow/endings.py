@@ -6,11 +6,12 @@ from collections.abc import Iterator
 
 from lora2fx.dataflow.claims import Claim
 from lora2fx.dataflow.columns import column_dim
-from lora2fx.dataflow.contractions import Use, Weights, is_convolution, is_embedding
+from lora2fx.dataflow.contractions import is_convolution, is_embedding
 from lora2fx.dataflow.dims import trace
 from lora2fx.dataflow.graph import Dataflow, Ops
 from lora2fx.dataflow.ops import is_product, is_selecting, is_softmax
 from lora2fx.dataflow.recording import INPUT, Op, Recording
+from lora2fx.dataflow.weights import Use, Weights
 
 
 def _from_input(flow: Dataflow, value: int) -> bool:

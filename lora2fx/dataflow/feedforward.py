@@ -7,10 +7,11 @@ from itertools import count
 
 from lora2fx.dataflow.claims import Claim
 from lora2fx.dataflow.columns import Columns, columns_reaching
-from lora2fx.dataflow.contractions import Use, Weights, is_convolution, is_depthwise, is_embedding
+from lora2fx.dataflow.contractions import is_convolution, is_depthwise, is_embedding
 from lora2fx.dataflow.graph import Dataflow, Ops
 from lora2fx.dataflow.ops import is_adding, is_narrowing, is_nonlinear, is_product, is_view
 from lora2fx.dataflow.recording import Op
+from lora2fx.dataflow.weights import Use, Weights
 from lora2fx.site import Site
 
 _COPIES = ("aten._to_copy", "aten.clone")
