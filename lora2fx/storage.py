@@ -17,7 +17,7 @@ from lora2fx.analysis import tied_weights
 from lora2fx.compiler import all_or_nothing, install, originals, refuse_adapted, untie_config, untie_weight
 from lora2fx.errors import AdapterError, FormatError
 from lora2fx.passes.entries import adapter_entry, totals
-from lora2fx.passes.fold import site_weight
+from lora2fx.passes.merging import site_weight
 from lora2fx.program import Method, Program, Record, program_of
 from lora2fx.reports import Report
 from lora2fx.storage_files import MANIFEST, PAYLOAD, read_manifest, read_payload, seal, tensor_digest, write_files

@@ -11,8 +11,8 @@ import torch
 
 from lora2fx.inputs import Inputs
 from lora2fx.passes.copying import Folded, folded_copy
-from lora2fx.passes.fold import is_foldable, site_weight
 from lora2fx.passes.gradients import compare_gradients, gradient_noise
+from lora2fx.passes.merging import is_foldable, site_weight
 from lora2fx.passes.outputs import EVAL_GRAD, MODES, Mode, Outputs, Reference, difference, identical, observe
 from lora2fx.passes.probe import masked, randomise, wobbled
 from lora2fx.passes.state import preserved, preserved_values

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from lora2fx.errors import VerifyError
-from lora2fx.passes.fold import is_foldable, merges, write_merges
 from lora2fx.passes.install import Adapted, restore_owner, restore_owners
+from lora2fx.passes.merging import is_foldable, merges, write_merges
 from lora2fx.program import Program, program_of
 
 

@@ -1,7 +1,9 @@
 """Folding: W + ΔW in float64, rounded once, all or nothing, and nothing else is left of the adapters."""
 
 import copy
+from dataclasses import replace
 from fractions import Fraction
+from functools import partial
 
 import pytest
 import torch
@@ -10,9 +12,12 @@ from torch import nn
 from lora2fx.errors import AdapterError, Lora2fxWarning, ScheduleError
 from lora2fx.methods.lora import LoRA
 from lora2fx.methods.lora2 import LoRA2
+from lora2fx.passes import merging
 from lora2fx.passes.fold import fold_adapters
 from lora2fx.passes.rounding import round_once
+from lora2fx.passes.tiles import Factors, tiles
 from lora2fx.program import program_of
+from lora2fx.site import Layout, Site
 from tests.programs import FUSED, Small, adapt, randomised, small_inputs, states
 
 
@@ -97,10 +102,12 @@ def test_report_holds_norms_ranks_and_rounding_errors():
     before = {name: parameter.detach().double() for name, parameter in model.named_parameters()}
     wanted = exact_weights(program)
     report = fold_adapters(program)
-    by_name = {entry["weight"]: entry for entry in report.sites if entry["slice"] is None}
-    for name, entry in by_name.items():
-        norm = float((wanted[name] - before[name]).norm())
-        lost = float((model.state_dict()[name].double() - wanted[name]).norm())
+    assert [entry["slice"] for entry in report.sites] == [None, [[0, 2]], [[3, 4], [5, 6]], None, None]
+    for entry, site in zip(report.sites, program.sites, strict=True):
+        name, columns = entry["weight"], site.column_index()
+        own = slice(None) if columns is None else columns
+        norm = float(site.to_matrix(wanted[name] - before[name])[..., own].norm())
+        lost = float(site.to_matrix(model.state_dict()[name].double() - wanted[name])[..., own].norm())
         assert entry["delta_norm"] == pytest.approx(norm, rel=1e-9)
         assert entry["rounding_error"] == pytest.approx(lost / norm, rel=1e-6)
         assert (entry["r"], entry["active"], entry["rank"]) == (3, 3, 2)
@@ -222,3 +229,51 @@ def test_rounding_keeps_what_has_no_rounding():
     special = torch.tensor([float("inf"), -float("inf"), 0.0, -0.0, 1e300, 1.5, -2.0], dtype=torch.float64)
     assert torch.equal(round_once(special, torch.bfloat16), special.bfloat16())
     assert round_once(torch.tensor(float("nan"), dtype=torch.float64), torch.float16).isnan()
+
+
+LAYOUTS = {
+    "out, in": ((6, 4), Layout((1,), (0,))),
+    "in, out": ((4, 6), Layout((0,), (1,))),
+    "convolution": ((5, 3, 2, 2), Layout((1, 2, 3), (0,))),
+    "experts": ((3, 4, 5), Layout((1,), (2,), (0,))),
+    "experts in the middle": ((4, 3, 5), Layout((0,), (2,), (1,))),
+    "heads of two batches": ((2, 3, 4, 5), Layout((2,), (3,), (0, 1))),
+    "turned batches": ((5, 3, 4, 2), Layout((2,), (0,), (3, 1))),
+    "split output": ((3, 4, 5), Layout((1,), (2, 0))),
+    "split input": ((3, 4, 5), Layout((2, 0), (1,))),
+}
+
+
+@pytest.mark.parametrize("limit", [1, 7, 10**6])
+@pytest.mark.parametrize(("shape", "layout"), LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_tiles_cover_the_update_once_in_any_layout(shape, layout, limit):
+    site = Site("weight", "", "weight", shape, layout)
+    if not layout.batch:
+        site = replace(site, columns=((0, 1), (2, site.weight_out_features)))
+    torch.manual_seed(0)
+    adapter = LoRA(r=2).adapter(site).double()
+    nn.init.normal_(adapter.B)
+    factors, seen = Factors(adapter, torch.device("cpu")), torch.zeros(shape)
+    wanted = adapter.weight_delta().detach()
+    for tile in tiles(shape, limit):
+        assert seen[tile].numel() <= limit
+        seen[tile] += 1
+        torch.testing.assert_close(factors.tile(tile).detach(), wanted[tile], rtol=1e-13, atol=1e-13)
+    assert torch.equal(seen, torch.ones(shape))
+    assert float(wanted.abs().max()) <= float(factors.largest()) * (1 + 1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_small_tiles_fold_to_the_same_bits_and_report(dtype, monkeypatch):
+    models = [Small().to(dtype), Small().to(dtype)]
+    reports = [fold_adapters(randomised(adapt(models[0], LoRA2(r=3, k=2))))]
+    monkeypatch.setattr(merging, "tiles", partial(tiles, limit=4))
+    reports.append(fold_adapters(randomised(adapt(models[1], LoRA2(r=3, k=2)))))
+    assert states(models[0]) == states(models[1])
+    for a, b in zip(reports[0].sites, reports[1].sites, strict=True):
+        assert a["rounding_error"] == pytest.approx(b["rounding_error"], rel=1e-9)
+        assert a["delta_norm"] == pytest.approx(b["delta_norm"], rel=1e-9)
+
+
+def test_tiles_of_nothing_are_none():
+    assert list(tiles((0, 4))) == []
