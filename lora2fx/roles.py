@@ -11,11 +11,12 @@ from torch import nn
 from lora2fx.dataflow.attention import AttentionRoles
 from lora2fx.dataflow.claims import Claim
 from lora2fx.dataflow.columns import Columns, ranges
-from lora2fx.dataflow.cores import SINGLE
+from lora2fx.dataflow.cores import softmax_dim
 from lora2fx.dataflow.covering import parameter_columns
 from lora2fx.dataflow.endings import ending_claims
 from lora2fx.dataflow.feedforward import FeedForwardRoles
 from lora2fx.dataflow.graph import Dataflow
+from lora2fx.dataflow.ops import is_softmax
 from lora2fx.dataflow.recording import INPUT, Recording
 from lora2fx.dataflow.weights import Use, Weights
 from lora2fx.errors import InputsError
@@ -111,9 +112,10 @@ def _with(site: Site, part: _Part, columns: tuple[tuple[int, int], ...] | None, 
     return Site(site.weight, site.owner, site.parameter, site.shape, site.layout, part.role, evidence, columns)
 
 
-def _refuse_single(recording: Recording, claims: Iterable[Claim]) -> None:
-    """Raise where an attention over one position comes from an example input of one position."""
-    if not any(claim.role == "unknown" and claim.evidence.endswith(SINGLE) for claim in claims):
+def _refuse_single(recording: Recording) -> None:
+    """Raise where a softmax over one position comes from an example input of one position."""
+    softmaxes = (op for op in recording.ops if is_softmax(op) and op.inputs)
+    if all(recording.values[op.inputs[0]].shape[softmax_dim(recording, op)] > 1 for op in softmaxes):
         return
     shapes = (recording.values[value].shape for op in recording.ops if op.name == INPUT for value in op.outputs)
     for shape in shapes:
@@ -138,10 +140,10 @@ def find_sites(model: nn.Module, recording: Recording) -> Analysis:
     A fused weight has a site for each role, with its `columns`. What no rule claims is `unknown`, as is a weight with
     several roles. Raises `InputsError` where an attention saw a single position, which hides its keys.
     """
+    _refuse_single(recording)
     flow = Dataflow(recording)
     weights = Weights(flow)
     claims = _claims(recording, flow, weights)
-    _refuse_single(recording, (claim for group in claims.values() for claim in group))
     uses, undecided = defaultdict[str, list[Use]](list), dict[int, str]()
     for use in weights.uses.values():
         if use.layout is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 
 from lora2fx.dataflow.claims import Claim, claimed_columns
@@ -9,7 +10,7 @@ from lora2fx.dataflow.columns import Columns, columns_reaching
 from lora2fx.dataflow.contractions import is_depthwise, is_embedding
 from lora2fx.dataflow.cores import Core, find_cores
 from lora2fx.dataflow.graph import Dataflow, Ops
-from lora2fx.dataflow.ops import is_pooling, is_product, is_reduction
+from lora2fx.dataflow.ops import is_narrowing, is_pooling, is_product, is_reduction
 from lora2fx.dataflow.recording import Op
 from lora2fx.dataflow.weights import Use, Weights
 
@@ -110,7 +111,7 @@ class AttentionRoles:
     def _outputs(self, core: Core) -> list[Use]:
         """The first weights after a core, where nothing but attentions is added to its result on the way."""
         made = self._mixing[core.outputs]
-        own = {use.index for _, value in core.operands for use in self._projections(value)}
+        own = self._exclusive(core)
         found = list[Use]()
         for index in sorted(frozenset().union(*(self.flow.sinks(value) for value in core.outputs))):
             use = self.weights.uses.get(index)
@@ -119,6 +120,20 @@ class AttentionRoles:
             if made & self.flow.sources(use.data) and self._added(use.data, made) <= self._all_mixing | own:
                 found.append(use)
         return found
+
+    def _exclusive(self, core: Core) -> Ops:
+        """The projections that are this core's alone: not what several operands share, nor what feeds another."""
+        operands = defaultdict[int, set[int]](set)
+        for operand, value in core.operands:
+            for use in self._projections(value):
+                cut = any(is_narrowing(op) for op in self.flow.between(use.output, self._entry(value, use)))
+                operands[use.index].add(-1 if cut else operand)
+        uses = self.weights.uses
+        return frozenset(
+            index
+            for index, shared in operands.items()
+            if len(shared) == 1 and not operands.keys() & self.flow.sinks(uses[index].output)
+        )
 
     def _added(self, value: int, made: Ops) -> Ops:
         """The sources of a value, without those that only scale what is `made`: gates. A pooling ends it."""

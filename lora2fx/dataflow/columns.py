@@ -81,13 +81,25 @@ class _Replay:
         if op.name == ALIAS or op.func is None:
             self.made.update(dict.fromkeys(op.outputs, self.tensor(op.inputs[0])))
             return
-        results = op.func(
-            *(self._argument(arg) for arg in op.args),
-            **{name: self._argument(arg) for name, arg in op.kwargs.items()},
-        )
+        arguments = [self._argument(arg) for arg in op.args]
+        if op.name in ("aten.split", "aten.split_with_sizes", "aten.unbind"):
+            results = self._pieces(op, *arguments)
+        else:
+            results = op.func(*arguments, **{name: self._argument(arg) for name, arg in op.kwargs.items()})
         several = isinstance(results, (list, tuple))
         tensors = [result for result in results if isinstance(result, Tensor)] if several else [results]
         self.made.update(zip(op.outputs, tensors, strict=False))
+
+    def _pieces(self, op: Op, whole: Tensor, *how: Any) -> list[Tensor]:
+        """What a split or an unbind gives, each a view of its own: autograd lets no piece of a split be written."""
+        if op.name == "aten.unbind":
+            return [whole.select(how[0] if how else 0, place) for place in range(len(op.outputs))]
+        dim, start, pieces = (how[1] if len(how) > 1 else 0), 0, list[Tensor]()
+        for output in op.outputs:
+            size = self.recording.values[output].shape[dim]
+            pieces.append(whole.narrow(dim, start, size))
+            start += size
+        return pieces
 
 
 def columns_reaching(flow: Dataflow, use: Use, values: Sequence[int]) -> Columns | None:

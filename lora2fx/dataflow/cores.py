@@ -9,7 +9,7 @@ from lora2fx.dataflow.contractions import Contraction, Operand
 from lora2fx.dataflow.dims import trace
 from lora2fx.dataflow.graph import Dataflow, Ops
 from lora2fx.dataflow.ops import is_attention, is_softmax
-from lora2fx.dataflow.recording import Op
+from lora2fx.dataflow.recording import Op, Recording
 from lora2fx.dataflow.weights import Weights
 
 SINGLE = "a single position looks at a single position"
@@ -33,7 +33,7 @@ def _key_side(flow: Dataflow, score: Contraction, softmax: Op) -> Operand | None
     """The operand that one softmax position touches one position of, None where that can't be told."""
     scores = softmax.inputs[0]
     shape = flow.recording.values[scores].shape
-    dim = _softmax_dim(flow, softmax)
+    dim = softmax_dim(flow.recording, softmax)
     touched = _sides(score, trace(flow, scores, [dim], score.output))
     if not touched:  # a single position leaves no trace: the key is where the others don't go
         others = _sides(score, trace(flow, scores, [each for each in range(len(shape)) if each != dim], score.output))
@@ -97,11 +97,13 @@ def _mixes_along(flow: Dataflow, mix: Contraction, value: int, softmax: Op) -> b
     side = mix.left if mix.right.value == value else mix.right
     summed = [dim for dim, letter in enumerate(side.letters) if letter not in mix.out]
     touched = trace(flow, side.value, summed, softmax.outputs[0])
-    return not touched or _softmax_dim(flow, softmax) in touched
+    return not touched or softmax_dim(flow.recording, softmax) in touched
 
 
-def _softmax_dim(flow: Dataflow, softmax: Op) -> int:
-    return int(softmax.args[1]) % len(flow.recording.values[softmax.inputs[0]].shape)
+def softmax_dim(recording: Recording, softmax: Op) -> int:
+    """The dimension that a softmax runs along."""
+    given = softmax.args[1] if len(softmax.args) > 1 and isinstance(softmax.args[1], int) else -1
+    return given % max(len(recording.values[softmax.inputs[0]].shape), 1)
 
 
 def find_cores(flow: Dataflow, weights: Weights) -> list[Core]:
