@@ -114,7 +114,7 @@ def _with(site: Site, part: _Part, columns: tuple[tuple[int, int], ...] | None, 
 
 def _refuse_single(recording: Recording) -> None:
     """Raise where a softmax over one position comes from an example input of one position."""
-    softmaxes = (op for op in recording.ops if is_softmax(op) and op.inputs)
+    softmaxes = (op for op in recording.ops if is_softmax(op) and recording.values[op.inputs[0]].shape)
     if all(recording.values[op.inputs[0]].shape[softmax_dim(recording, op)] > 1 for op in softmaxes):
         return
     shapes = (recording.values[value].shape for op in recording.ops if op.name == INPUT for value in op.outputs)

@@ -83,11 +83,11 @@ class _Replay:
             return
         arguments = [self._argument(arg) for arg in op.args]
         if op.name in ("aten.split", "aten.split_with_sizes", "aten.unbind"):
-            results = self._pieces(op, *arguments)
-        else:
-            results = op.func(*arguments, **{name: self._argument(arg) for name, arg in op.kwargs.items()})
-        several = isinstance(results, (list, tuple))
-        tensors = [result for result in results if isinstance(result, Tensor)] if several else [results]
+            self.made.update(zip(op.outputs, self._pieces(op, *arguments), strict=True))
+            return
+        results = op.func(*arguments, **{name: self._argument(arg) for name, arg in op.kwargs.items()})
+        several = results if isinstance(results, (list, tuple)) else [results]
+        tensors = [result for result in several if isinstance(result, Tensor)]
         self.made.update(zip(op.outputs, tensors, strict=False))
 
     def _pieces(self, op: Op, whole: Tensor, *how: Any) -> list[Tensor]:

@@ -62,6 +62,18 @@ def _random_states() -> Callable[[], None]:
     return restore
 
 
+def set_training(model: nn.Module, training: bool) -> None:
+    """`model.train(training)`; an exported module's mode is part of its graph, so that it only runs in eval.
+
+    Raises what its `train` raises where an exported module is asked to train.
+    """
+    try:
+        model.train(training)
+    except NotImplementedError:
+        if training:
+            raise
+
+
 @contextmanager
 def fastpath(enabled: bool) -> Iterator[None]:
     """With the fused attention fast path of `torch.nn` on or off."""
