@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lora2fx.adapter import Adapter
+from lora2fx.dataflow.preserve import set_training
 from lora2fx.errors import AdapterError, ExportError
 from lora2fx.passes.fold import fold_adapters
 from lora2fx.passes.install import restore_owners
@@ -67,7 +68,7 @@ def copies_of(model: nn.Module, asked: str) -> Copies:
     """
     model = unwrapped(model)
     adapted = _shallow(model, ()) if _on_cpu(model) else _full(model)
-    adapted.eval()
+    set_training(adapted, False)
     if not has_adapters(model):
         return Copies(adapted, adapted, adapted, (), None)
     program = program_of(adapted, asked)

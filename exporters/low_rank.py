@@ -58,7 +58,7 @@ def low_rank(adapters: Sequence[Adapter]) -> LowRank:
 def _planes(adapter: Adapter) -> tuple[Tensor, Tensor]:
     """left · gate (in, k) and right (k, out of the whole weight), float64, on the CPU."""
     exact = adapter.exact().cpu()
-    left, right = exact.left() * exact.gate().unsqueeze(-2), exact.right()
+    left, right = exact.rows(), exact.right()
     if exact.columns is not None:
         whole = right.new_zeros(right.shape[0], exact.site.weight_out_features)
         right = whole.index_add(-1, exact.columns, right)
