@@ -23,7 +23,7 @@ from lora2fx.reports import Report
 from lora2fx.storage_files import MANIFEST, PAYLOAD, read_manifest, read_payload, seal, tensor_digest, write_files
 from lora2fx.storage_format import SCHEMA, Manifest, SavedSite, check_against_model, parse_manifest
 from lora2fx.storage_method import METHODS, decode_method, encode_method
-from lora2fx.storage_tensors import adapter_tensors, blueprint, check_names, check_tensor, check_tensors, materialise
+from lora2fx.storage_tensors import adapter_tensors, check_names, check_tensor, saved_adapter
 from lora2fx.training.progress import read_progress
 from lora2fx.training.sharding import whole
 
@@ -123,11 +123,8 @@ def _adapters(
     for saved in manifest.sites:
         path = saved.adapter
         own = groups.get(path, {})
-        adapter = blueprint(method, saved.site)
-        check_tensors(path, adapter, own)
-        weight = model.get_parameter(saved.site.weight)
-        materialise(adapter, own, manifest.progress, weight.device)
-        found[path] = adapter
+        device = model.get_parameter(saved.site.weight).device
+        found[path] = saved_adapter(path, method, saved.site, own, manifest.progress, device)
     return found
 
 

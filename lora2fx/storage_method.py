@@ -9,11 +9,15 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from lora2fx.errors import FormatError, Lora2fxError
+from lora2fx.methods.adalora import AdaLoRA
+from lora2fx.methods.alora import ALoRA
 from lora2fx.methods.lora import LoRA
 from lora2fx.methods.lora2 import LoRA2
+from lora2fx.methods.salora import SaLoRA
+from lora2fx.methods.sora import SoRA
 from lora2fx.program import Method
 
-METHODS: tuple[type[Method], ...] = (LoRA2, LoRA)
+METHODS: tuple[type[Method], ...] = (LoRA2, LoRA, AdaLoRA, SoRA, SaLoRA, ALoRA)
 
 
 def encode_method(method: Method) -> dict[str, Any]:

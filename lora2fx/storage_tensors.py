@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lora2fx.adapter import Adapter
 from lora2fx.errors import FormatError
 from lora2fx.program import Method
 from lora2fx.site import Site
 
+SPARE = 2**20
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -31,41 +33,72 @@ def blueprint(method: Method, site: Site) -> Adapter:
     """The adapter that the method makes for the site, without memory. Raises `FormatError` where it can't."""
     try:
         with torch.device("meta"):
-            return method.adapter(site)
+            adapter = method.adapter(site)
     except Exception as error:
         raise FormatError(f"{method} makes no adapter for {site.weight}: {type(error).__name__}: {error}") from error
+    size, limit = sum(value.numel() for value in adapter.state_dict().values()), SPARE + 4 * prod(site.shape)
+    if size > limit:
+        raise FormatError(f"{method} makes an adapter of {size} elements for {site.weight}, where {limit} are plenty.")
+    return adapter
 
 
-def _shapes(adapter: Adapter, found: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """The shapes that the saved tensors must have: the adapter's own, its axes as long as their saved masks."""
-    wanted = {name: list(value.shape) for name, value in adapter_tensors(adapter).items()}
-    buffers = dict(adapter.named_buffers())
-    for axis in adapter.axes().values():
-        mask = next(name for name, value in buffers.items() if value is axis.mask)
-        saved = found[mask]
-        if saved.dim() != 1 or saved.numel() > axis.mask.numel():
-            continue
-        for name, dim in axis.along:
-            wanted[name][dim] = saved.numel()
-        for name, value in buffers.items():
-            if value is axis.mask or value is axis.keep:
-                wanted[name] = [saved.numel()]
-    return {name: tuple(shape) for name, shape in wanted.items()}
-
-
-def check_tensors(path: str, adapter: Adapter, found: Mapping[str, Tensor]) -> None:
-    """Raise `FormatError` unless `found` are exactly the adapter's tensors: names, shapes, dtypes, finite values."""
-    own = adapter_tensors(adapter)
-    check_names(path, found, set(own))
-    shapes = _shapes(adapter, found)
-    dtypes = {found[name].dtype for name, value in own.items() if value.is_floating_point()}
-    for name, value in own.items():
-        dtype = next(iter(dtypes)) if value.is_floating_point() else value.dtype
-        if value.is_floating_point() and (len(dtypes) > 1 or dtype not in FLOATS):
+def _mask_lengths(path: str, adapter: Adapter, found: Mapping[str, Tensor]) -> dict[str, int]:
+    """By axis the length of its saved mask: shorter than the adapter's own where ranks were pruned."""
+    buffers, lengths = dict(adapter.named_buffers()), {}
+    for axis, own in adapter.axes().items():
+        name = next(name for name, value in buffers.items() if value is own.mask)
+        mask, most = found[name], own.mask.numel()
+        if mask.dim() != 1 or mask.numel() > most:
             raise FormatError(
-                f"{path}: its factors are of {', '.join(map(str, dtypes))}, not of one floating-point dtype."
+                f"{path}.{name} has the shape {tuple(mask.shape)} in the file; at most ({most},) is right."
             )
-        check_tensor(f"{path}.{name}", found[name], shapes[name], dtype)
+        lengths[axis] = mask.numel()
+    return lengths
+
+
+def _shortened(method: Method, site: Site, lengths: Mapping[str, int]) -> Adapter:
+    """A fresh adapter with so many entries on each axis; no random number is drawn."""
+    with torch.random.fork_rng(devices=[]):
+        adapter = method.adapter(site)
+    for name, axis in adapter.axes().items():
+        axis.mask.copy_(torch.arange(axis.mask.numel()) < lengths[name])
+    adapter.compact()
+    return adapter
+
+
+def _check_tensors(path: str, adapter: Adapter, found: Mapping[str, Tensor]) -> torch.dtype:
+    """The factors' dtype; `FormatError` unless shapes, dtypes and values are what this adapter can hold."""
+    own = adapter_tensors(adapter)
+    dtypes = {found[name].dtype for name, value in own.items() if value.is_floating_point()}
+    dtype = next(iter(dtypes))
+    if len(dtypes) > 1 or dtype not in FLOATS:
+        raise FormatError(f"{path}: its factors are of {', '.join(map(str, dtypes))}, not of one floating-point dtype.")
+    for name, value in own.items():
+        wanted = dtype if value.is_floating_point() else value.dtype
+        check_tensor(f"{path}.{name}", found[name], tuple(value.shape), wanted)
+    return dtype
+
+
+def saved_adapter(
+    path: str,
+    method: Method,
+    site: Site,
+    found: Mapping[str, Tensor],
+    progress: tuple[int, int, int],
+    device: torch.device,
+) -> Adapter:
+    """The method's adapter with exactly the saved tensors, zero averages, and its progress.
+
+    Raises `FormatError` where names, shapes, dtypes or values are not what the method's adapter of the site has.
+    """
+    plan = blueprint(method, site)
+    check_names(path, found, set(adapter_tensors(plan)))
+    adapter = _shortened(method, site, _mask_lengths(path, plan, found))
+    dtype = _check_tensors(path, adapter, found)
+    adapter.to(device=device, dtype=dtype)
+    averages = {name: torch.zeros_like(value) for name, value in adapter.state_dict().items() if name not in found}
+    adapter.load_state_dict({**averages, **found, "progress": torch.tensor(progress, dtype=torch.int64)})
+    return adapter
 
 
 def check_names(path: str, found: Mapping[str, Tensor], wanted: set[str]) -> None:
@@ -85,33 +118,3 @@ def check_tensor(name: str, found: Tensor, shape: tuple[int, ...], dtype: torch.
         raise FormatError(f"{name} holds bytes that are neither true nor false.")
     if not bool(found.isfinite().all()):
         raise FormatError(f"{name} holds NaN or infinity.")
-
-
-def materialise(
-    adapter: Adapter, found: Mapping[str, Tensor], progress: tuple[int, int, int], device: torch.device
-) -> None:
-    """Give a blueprint the saved tensors, zero averages, and its progress, in place."""
-    for name, parameter in list(adapter.named_parameters()):
-        owner, own = _place(adapter, name)
-        owner.register_parameter(own, nn.Parameter(found[name].to(device), parameter.requires_grad))
-    parameters = dict(adapter.named_parameters())
-    averages = {f"{n}_{kind}": n for n in parameters for kind in ("sensitivity", "uncertainty")}
-    for name, _ in list(adapter.named_buffers()):
-        owner, own = _place(adapter, name)
-        if name in found:
-            owner._buffers[own] = found[name].to(device)
-        elif name in averages:
-            owner._buffers[own] = torch.zeros_like(parameters[averages[name]].detach())
-    adapter._buffers["progress"] = torch.tensor(progress, dtype=torch.int64, device=device)
-    columns = adapter.site.column_index()
-    adapter._buffers["columns"] = None if columns is None else columns.to(device)
-    left = [name for name, value in adapter.named_buffers() if value.is_meta]
-    if left:
-        raise FormatError(
-            f"{type(adapter).__name__} keeps {left[0]!r} out of its state_dict, so that it can't be loaded."
-        )
-
-
-def _place(adapter: Adapter, name: str) -> tuple[nn.Module, str]:
-    path, _, own = name.rpartition(".")
-    return adapter.get_submodule(path), own

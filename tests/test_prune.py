@@ -6,7 +6,12 @@ import pytest
 import torch
 
 from lora2fx.errors import AdapterError
+from lora2fx.methods.adalora import AdaLoRA
+from lora2fx.methods.alora import ALoRA
+from lora2fx.methods.lora import LoRA
 from lora2fx.methods.lora2 import LoRA2
+from lora2fx.methods.salora import SaLoRA
+from lora2fx.methods.sora import SoRA
 from lora2fx.passes.fold import fold_adapters
 from lora2fx.passes.prune import prune_ranks
 from tests.programs import Small, adapt, randomised, small_inputs
@@ -54,6 +59,20 @@ def test_outputs_gradients_and_the_fold_are_what_they_were(kept):
     with torch.no_grad():
         again = copy.deepcopy(model)(*small_inputs().args)
     torch.testing.assert_close(again, before, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", [LoRA, AdaLoRA, SoRA, SaLoRA, ALoRA])
+def test_every_method_prunes_and_trains_on(method):
+    model = Small()
+    program = randomised(adapt(model, method(r=3)))
+    for adapter in program.adapters.values():
+        next(iter(adapter.axes().values())).mask[1] = False
+    before = model(*small_inputs().args)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    report = prune_ranks(program, optimizer)
+    torch.testing.assert_close(model(*small_inputs().args), before, rtol=1e-12, atol=1e-12)
+    assert all(entry["r"] == 2 for entry in report.sites)
+    steps(model.train(), optimizer, 2)
 
 
 OPTIMIZERS = {

@@ -10,23 +10,46 @@ from torch import nn
 
 from lora2fx.errors import VerifyError
 from lora2fx.inputs import Inputs
+from lora2fx.methods.adalora import AdaLoRA
+from lora2fx.methods.alora import ALoRA
 from lora2fx.methods.lora import LoRA
 from lora2fx.methods.lora2 import LoRA2
-from lora2fx.passes.install import adapted_class
+from lora2fx.methods.salora import SaLoRA
+from lora2fx.methods.sora import SoRA
+from lora2fx.passes import install
 from lora2fx.passes.outputs import difference, identical
 from lora2fx.passes.probe import SIZE, randomise
 from lora2fx.passes.verify import reference_outputs, verify_rewrites
 from tests.programs import OUT_IN, SITES, Site, Small, adapt, small_inputs, states
 
-METHODS = {"lora2": LoRA2(r=3, k=2), "lora2 published": LoRA2.paper(r=3, k=2), "lora": LoRA(r=2, lora_dropout=0.3)}
+METHODS = {
+    "lora2": LoRA2(r=3, k=2),
+    "lora2 published": LoRA2.paper(r=3, k=2),
+    "lora": LoRA(r=2, lora_dropout=0.3),
+    "adalora": AdaLoRA(r=3, target_r=1),
+    "sora": SoRA(r=3),
+    "salora": SaLoRA(r=3),
+    "alora": ALoRA(r=2),
+}
 
 
-def tamper(program, path, old, new):
-    """Make the owner's generated forward wrong, in a way that survives copying."""
-    owner = program.root.get_submodule(path)
-    recipe = type(owner).recipe
-    assert old in recipe.source, recipe.source
-    owner.__class__ = adapted_class(type(owner).original_class, replace(recipe, source=recipe.source.replace(old, new)))
+@pytest.fixture
+def tamper(monkeypatch):
+    """Make an owner's generated forward wrong, in copies and wherever it is generated again too."""
+    wrong, make = {}, install.adapted_class
+
+    def tampered(original, recipe):
+        return make(original, replace(recipe, source=wrong.get(recipe.source, recipe.source)))
+
+    def change(program, path, old, new):
+        owner = program.root.get_submodule(path)
+        recipe = type(owner).recipe
+        assert old in recipe.source, recipe.source
+        wrong[recipe.source] = recipe.source.replace(old, new)
+        owner.__class__ = tampered(type(owner).original_class, recipe)
+
+    monkeypatch.setattr(install, "adapted_class", tampered)
+    return change
 
 
 def rewritten(method=METHODS["lora2"], model=None, sites=SITES, **options):
@@ -41,8 +64,8 @@ def failing(verification):
 
 @pytest.mark.parametrize(
     ("method", "sites"),
-    [("lora2", SITES), ("lora2 published", SITES), ("lora2", SITES[4:]), ("lora", SITES[:3])],
-    ids=["lora2", "lora2 published", "lora2 on the root", "lora with dropout"],
+    [(name, SITES[:3] if name == "lora" else SITES) for name in METHODS] + [("lora2", SITES[4:])],
+    ids=[*METHODS, "lora2 on the root"],
 )
 def test_right_rewrites_pass_at_rounding_error(method, sites):
     program, reference = rewritten(METHODS[method], sites=sites)
@@ -81,7 +104,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize(("path", "old", "new", "check"), WRONG.values(), ids=WRONG.keys())
-def test_a_wrong_rewrite_is_caught_and_blamed_on_its_site(path, old, new, check):
+def test_a_wrong_rewrite_is_caught_and_blamed_on_its_site(tamper, path, old, new, check):
     program, reference = rewritten()
     tamper(program, path, old, new)
     found = verify_rewrites(program, small_inputs(), reference)
@@ -93,7 +116,7 @@ def test_a_wrong_rewrite_is_caught_and_blamed_on_its_site(path, old, new, check)
         assert failing(found) == {("gradient", "eval with gradients")}
 
 
-def test_what_is_wrong_in_train_mode_only_is_caught():
+def test_what_is_wrong_in_train_mode_only_is_caught(tamper):
     program, reference = rewritten()
     tamper(program, "", "drop = self.drop(norm)", "drop = norm")
     found = verify_rewrites(program, small_inputs(), reference)
@@ -101,7 +124,7 @@ def test_what_is_wrong_in_train_mode_only_is_caught():
     assert found.failed == ("lora2fx_experts",)
 
 
-def test_two_wrong_rewrites_are_both_named():
+def test_two_wrong_rewrites_are_both_named(tamper):
     program, reference = rewritten()
     tamper(program, "linear", ADD, "add = linear - type_as_2")
     tamper(program, "conv", "add = weight + type_as_1", "add = weight + 2 * type_as_1")
@@ -123,7 +146,7 @@ def snapshot(model):
 
 
 @pytest.mark.parametrize("wrong", [None, ("conv", "bias = self.bias", "bias = self.nowhere")], ids=["right", "raising"])
-def test_everything_is_as_before(wrong):
+def test_everything_is_as_before(tamper, wrong):
     model = Small()
     model.norm.train()
     before = snapshot(model)
@@ -227,7 +250,7 @@ def test_a_check_that_shows_nothing_says_so():
     )
 
 
-def test_what_the_outputs_do_not_show_the_gradient_does():
+def test_what_the_outputs_do_not_show_the_gradient_does(tamper):
     program, reference = rewritten(model=Hidden(), sites=[Site("faint.weight", "faint", "weight", (4, 4), OUT_IN)])
     tamper(program, "faint", ADD, "add = linear + 1.1 * type_as_2")
     found = verify_rewrites(program, small_inputs(), reference)
@@ -247,7 +270,7 @@ class Amplifying(nn.Module):
 
 
 @pytest.mark.parametrize(("new", "status"), [(None, "passed"), ("add = linear - type_as_2", "failed")])
-def test_a_model_that_amplifies_rounding_is_judged_by_its_own_noise(new, status):
+def test_a_model_that_amplifies_rounding_is_judged_by_its_own_noise(tamper, new, status):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = Amplifying()
@@ -278,7 +301,7 @@ def test_a_model_that_cannot_be_copied_is_refused_with_the_way_out():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_narrow_dtypes_pass_with_their_own_tolerance(dtype):
+def test_narrow_dtypes_pass_with_their_own_tolerance(tamper, dtype):
     model = Small().to(dtype)
     inputs = small_inputs(dtype)
     reference = reference_outputs(model, inputs)
