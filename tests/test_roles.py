@@ -496,6 +496,49 @@ def test_the_gate_is_the_branch_with_the_activation(name: str) -> None:
     assert found == {"up.weight": GATES[name][1], "down.weight": "ffn.down"}
 
 
+GATING = {
+    "excitation": lambda x, made: x + x * made.mean(1, keepdim=True).sigmoid(),
+    "highway": lambda x, made: x + x * made.sigmoid(),
+    "shift": lambda x, made: x + made.mean(1, keepdim=True),
+}
+
+
+@pytest.mark.parametrize("name", GATING)
+def test_what_scales_or_shifts_the_whole_stream_is_no_feed_forward(name: str) -> None:
+    class Modulated(ResidualMLP):
+        def forward(self, x: Tensor) -> Tensor:
+            return GATING[name](x, self.down(F.relu(self.up(x))))
+
+    assert set(roles(analysed(Modulated(F.relu), normal(2, 5, 8))).values()) == NO_ROLE
+
+
+RESIDUALS = {
+    "scaled": lambda x, made, other: x * 0.5 + made * 0.5,
+    "layer_scale": lambda x, made, other: x + made * torch.full((8,), 0.1),
+    "parallel": lambda x, made, other: x + other + made,
+    "parallel_after": lambda x, made, other: (made + other) + x,
+    "gated": lambda x, made, other: x + made * other.sigmoid(),
+    "in_place": lambda x, made, other: made.mul_(0.5).add_(x),
+    "upcast": lambda x, made, other: (x.double() + made.double()).float(),
+}
+
+
+@pytest.mark.parametrize("name", RESIDUALS)
+def test_a_feed_forward_is_known_by_any_residual(name: str) -> None:
+    class Residual(ResidualMLP):
+        def __init__(self) -> None:
+            super().__init__(F.relu)
+            self.other = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            normed = self.norm(x)
+            return RESIDUALS[name](x, self.down(F.relu(self.up(normed))), self.other(normed))
+
+    found = roles(analysed(Residual(), normal(2, 5, 8)))
+    assert found.pop("other.weight", "unknown") == "unknown"
+    assert found == {"up.weight": "ffn.up", "down.weight": "ffn.down"}
+
+
 def test_one_position_is_refused() -> None:
     with pytest.raises(InputsError, match=r"shape \(2, 1, 8\) holds a single position.*at least 2"):
         analysed(Einsum(), normal(2, 1, WIDTH))
@@ -575,9 +618,9 @@ def test_sites_are_found_in_time_and_without_touching_global_random_state() -> N
     model = GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=99, num_hidden_layers=12, **small)).eval()
     recording = record(model, as_inputs(model, None))
     state = torch.get_rng_state()
-    start = time.perf_counter()
+    start = time.process_time()
     analysis = find_sites(model, recording)
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
     assert torch.equal(torch.get_rng_state(), state)
     assert sum(site.role == "query" for site in analysis.sites) == 12
 
