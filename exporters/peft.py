@@ -51,8 +51,8 @@ def export_peft(
     check_folder(place, OWNED)
     program = program_of(model, "export_peft")
     runs = example_inputs is not None or is_pretrained(model)
-    layers = peft_layers(program, runs)
     copies = copies_of(model, "export_peft")
+    layers = peft_layers(program, runs)
     rank = max(layer.update.rank for layer in layers)
     tensors = {key: value for layer in layers for key, value in _tensors(layer, rank, layout).items()}
     tensors |= _saved_tensors(program)

@@ -65,7 +65,8 @@ def stored_once(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _apart(tensor: Tensor, users: Mapping[int, int]) -> Tensor:
     """The tensor in memory of its own: one that is part of another tensor's would be refused."""
-    return tensor.clone() if users[tensor.untyped_storage().data_ptr()] > 1 else tensor.contiguous()
+    shared = users[tensor.untyped_storage().data_ptr()] > 1
+    return tensor.clone(memory_format=torch.contiguous_format) if shared else tensor.contiguous()
 
 
 def _memory(name: str, tensor: Tensor) -> tuple[Any, ...]:
