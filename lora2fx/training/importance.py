@@ -15,7 +15,7 @@ from lora2fx.training.slots import Step
 
 def averages(adapter: Adapter, name: str) -> tuple[Tensor, Tensor]:
     """The two moving averages of a tracked parameter: sensitivity and uncertainty."""
-    return adapter.get_buffer(f"{name}_sensitivity"), adapter.get_buffer(f"{name}_uncertainty")
+    return getattr(adapter, f"{name}_sensitivity"), getattr(adapter, f"{name}_uncertainty")
 
 
 def _alike(tensors: Sequence[Tensor]) -> Iterable[list[int]]:
@@ -32,7 +32,7 @@ def update_averages(adapters: Sequence[Adapter], names: Sequence[str], step: Ste
 
     The average starts at 0 and is not corrected for it; Ū is taken against the Ī just moved.
     """
-    parameters = [adapter.get_parameter(name) for adapter in adapters for name in names]
+    parameters: list[Tensor] = [getattr(adapter, name) for adapter in adapters for name in names]
     if not parameters:
         return
     pairs = [averages(adapter, name) for adapter in adapters for name in names]

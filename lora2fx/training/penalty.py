@@ -73,7 +73,7 @@ class Orthogonality:
     def _groups(self, adapters: Sequence[Adapter]) -> list[tuple[Tensor, ...]]:
         groups: dict[tuple[object, ...], list[tuple[Tensor, ...]]] = defaultdict(list)
         for adapter in adapters:
-            factors = tuple(whole(adapter.get_parameter(name)) for name in self.factors)
+            factors = tuple(whole(getattr(adapter, name)) for name in self.factors)
             groups[(factors[0].device, *(factor.shape for factor in factors))].append(factors)
         return [tuple(torch.stack(column) for column in zip(*rows, strict=True)) for rows in groups.values()]
 

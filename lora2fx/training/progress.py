@@ -52,7 +52,8 @@ def check_total(progress: Progress, total_steps: int) -> None:
 def count(adapters: Sequence[Adapter], done: int = 0, skipped: int = 0) -> None:
     """Add to every adapter's progress."""
     progress = [adapter.progress for adapter in adapters]
-    torch._foreach_add_(progress, [torch.tensor([done, 0, skipped], device=own.device) for own in progress])
+    steps = {device: torch.tensor([done, 0, skipped], device=device) for device in {own.device for own in progress}}
+    torch._foreach_add_(progress, [steps[own.device] for own in progress])
 
 
 def set_total(adapters: Sequence[Adapter], total_steps: int) -> None:
