@@ -38,11 +38,13 @@ class Adapter(nn.Module):
     """ΔW = left · diag(gate) · right for one site; the gate holds the scale s.
 
     Buffers: `progress` int64 (3,) = (optimiser steps done, total steps, skipped steps), so that a
-    checkpoint of the model knows how far its pruning schedule came.
+    checkpoint of the model knows how far its pruning schedule came; `padding` int64 (1,) = the row of an
+    embedding that stays as it is, None where there is none.
     """
 
     progress: Tensor
     columns: Tensor | None
+    padding: Tensor | None
 
     def __init__(self, site: Site, dropout: float = 0.0) -> None:
         super().__init__()
@@ -51,6 +53,7 @@ class Adapter(nn.Module):
         self.dropout = nn.Dropout(dropout) if dropout else None
         self.register_buffer("progress", torch.zeros(3, dtype=torch.int64))
         self.register_buffer("columns", site.column_index(), persistent=False)
+        self.register_buffer("padding", None, persistent=False)
 
     @abstractmethod
     def left(self) -> Tensor:
@@ -93,9 +96,22 @@ class Adapter(nn.Module):
         update: Tensor = ((x.type_as(left) @ left) * gate) @ self.right()
         return update
 
+    def lookup(self, ids: Tensor) -> Tensor:
+        """What an embedding's site adds to its output: ids (...) → (..., out), 0 for the padding."""
+        rows = nn.functional.embedding(ids, self.left())
+        if self.padding is not None:
+            rows = rows.masked_fill((ids == self.padding).unsqueeze(-1), 0)
+        update: Tensor = (rows * self.gate()) @ self.right()
+        return update
+
+    def rows(self) -> Tensor:
+        """left · diag(gate) (*batch, in, k), the padding row 0: ΔW = rows · right."""
+        rows = self.left() * self.gate().unsqueeze(-2)
+        return rows if self.padding is None else rows.index_fill(-2, self.padding, 0)
+
     def delta(self) -> Tensor:
         """ΔW as the matrix (*batch, in, out of this site)."""
-        return (self.left() * self.gate().unsqueeze(-2)) @ self.right()
+        return self.rows() @ self.right()
 
     def weight_delta(self) -> Tensor:
         """ΔW in the weight's own shape, zero outside the site's columns."""
@@ -113,7 +129,7 @@ class Adapter(nn.Module):
     def singular_values(self) -> Tensor:
         """ΔW's singular values, float64, largest first, (*batch, min(in, k, out)); O(k²(in + out))."""
         exact = self.exact()
-        left = torch.linalg.qr(exact.left() * exact.gate().unsqueeze(-2)).R
+        left = torch.linalg.qr(exact.rows()).R
         right = torch.linalg.qr(exact.right().mT).R
         values: Tensor = torch.linalg.svdvals(left @ right.mT)
         return values

@@ -19,7 +19,7 @@ from lora2fx.passes.install import Adapted, restore_owners
 from lora2fx.passes.match import coverage, match_sites
 from lora2fx.passes.rewrite import child_name, plan_rewrite, rewrite_owners
 from lora2fx.passes.verify import Verification, reference_outputs, verify_rewrites
-from lora2fx.program import RECORD, TIED, Method, Program, Record
+from lora2fx.program import RECORD, TIED, Method, Program, Record, drop_attribute, keep_attribute
 from lora2fx.reports import site_entry
 from lora2fx.site import Site
 from lora2fx.targets import Targets, needs_roles
@@ -48,7 +48,7 @@ def all_or_nothing(model: nn.Module) -> Iterator[None]:
         yield
     except BaseException:
         restore_owners(model)
-        vars(model).pop(RECORD, None)
+        drop_attribute(model, RECORD)
         for module, parameters in owned:
             module._parameters.update(parameters)
         for parameter, flag in flags.items():
@@ -101,10 +101,16 @@ def _program(model: nn.Module, sites: Sequence[Site], record: Record, seed: int 
 def install(program: Program, plans: Mapping[str, str]) -> None:
     """Rewrite the owners, leave the record, freeze everything but adapters and the modules to save."""
     rewrite_owners(program, plans)
-    setattr(program.root, RECORD, program.record)
-    trained = tuple(program.record.modules_to_save)
-    for name, parameter in program.root.named_parameters():
-        parameter.requires_grad_(any(name.startswith(path + ".") for path in (*program.adapters, *trained)))
+    keep_attribute(program.root, RECORD, program.record)
+    modules = (*program.adapters.values(), *map(program.root.get_submodule, program.record.modules_to_save))
+    trained = {parameter for module in modules for parameter in module.parameters() if _may_train(parameter)}
+    for parameter in program.root.parameters():
+        parameter.requires_grad_(parameter in trained)
+
+
+def _may_train(parameter: nn.Parameter) -> bool:
+    """Whether gradients exist for its dtype; those of a quantised weight don't."""
+    return parameter.is_floating_point() or parameter.is_complex()
 
 
 def _next_rewrite(program: Program, name: str, found: ModelAnalysis, failed: str, verification: Verification) -> str:

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY as KEPT
 
 from lora2fx.adapter import Adapter
 from lora2fx.errors import AdapterError
@@ -70,6 +71,23 @@ class Program:
 
 
 Pass = Callable[[Program], Report]
+
+
+def keep_attribute(module: nn.Module, name: str, value: Any) -> None:
+    """Set a plain attribute so that copies have it too; an fx module is copied with what it was told to keep only."""
+    setattr(module, name, value)
+    if isinstance(module, fx.GraphModule):
+        module.meta.setdefault(KEPT, {})[name] = value
+
+
+def drop_attribute(module: nn.Module, name: str) -> None:
+    """Take back what `keep_attribute` set, if it did."""
+    vars(module).pop(name, None)
+    if isinstance(module, fx.GraphModule):
+        kept = module.meta.get(KEPT, {})
+        kept.pop(name, None)
+        if not kept:
+            module.meta.pop(KEPT, None)
 
 
 def program_of(model: nn.Module, asked: str) -> Program:

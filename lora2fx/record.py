@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lora2fx.dataflow.preserve import fastpath, preserved
+from lora2fx.dataflow.preserve import fastpath, preserved, set_training
 from lora2fx.dataflow.readers import Readers, spied
 from lora2fx.dataflow.recorder import Recorder
 from lora2fx.dataflow.recording import Recording
@@ -70,7 +70,7 @@ def record(model: nn.Module, inputs: Inputs) -> Recording:
     _refuse_unready(named, _tensors(inputs))
     readers = Readers(model)
     with preserved(model):
-        model.eval()
+        set_training(model, False)
         with fastpath(True), spied(model, readers) as fused:
             _copied(inputs).call(model)
         given = _copied(inputs)

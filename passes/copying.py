@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lora2fx.errors import VerifyError
-from lora2fx.passes.install import Adapted, restore_owner, restore_owners
+from lora2fx.passes.install import restore_module, restore_owners, rewritten_path
 from lora2fx.passes.merging import is_foldable, merges, write_merges
 from lora2fx.program import Program, program_of
 
@@ -30,13 +30,15 @@ def _sharing_copy(model: nn.Module, own: Iterable[nn.Parameter]) -> nn.Module:
 
 
 def partial_copy(program: Program, names: Collection[str]) -> Program:
-    """A copy in which only the owners of the named adapters are still rewritten."""
+    """A copy in which only the modules that the named adapters needed rewritten still are."""
     model = _sharing_copy(program.model, [p for adapter in program.adapters.values() for p in adapter.parameters()])
-    root = program_of(model, "verify").root
-    kept = {root.get_submodule(program.adapters[name].site.owner) for name in names}
-    for owner in [module for module in root.modules() if isinstance(module, Adapted)]:
-        if owner not in kept:
-            restore_owner(owner)
+    copied = program_of(model, "verify")
+    places = {name: rewritten_path(copied.root, adapter) for name, adapter in copied.adapters.items()}
+    kept = {places[name] for name in names}
+    for name, adapter in copied.adapters.items():
+        for path in {places[name], adapter.site.owner} - kept:
+            if places[name] not in kept:
+                restore_module(copied.root.get_submodule(path))
     return program_of(model, "verify")
 
 

@@ -1,4 +1,4 @@
-"""Install a generated forward by swapping the owner's class, and give the class back.
+"""Install a generated forward by swapping the owner's class, and give the class back; an fx module swaps its graph.
 
 The owner stays the same object, an instance of its own class, with its own hooks, parameters and keys. The
 new class is rebuilt from its recipe wherever the module goes: deepcopy, pickle, another process.
@@ -16,6 +16,9 @@ from torch import Tensor, fx, nn
 
 from lora2fx.adapter import Adapter
 from lora2fx.errors import RewriteError
+from lora2fx.program import drop_attribute, keep_attribute
+
+GRAPH = "_lora2fx_graph"
 
 
 @dataclass(frozen=True)
@@ -133,22 +136,40 @@ def _make_class(original: type[nn.Module], recipe: Recipe) -> type[nn.Module]:
     return type(original.__name__, (Adapted, original), body)
 
 
-def install_owner(owner: nn.Module, recipe: Recipe, adapters: dict[str, Adapter]) -> None:
-    """Give the owner its adapters as children and the class of the recipe."""
-    for name, adapter in adapters.items():
-        owner.add_module(name, adapter)
+def install_owner(owner: nn.Module, recipe: Recipe) -> None:
+    """Give the owner, which holds its adapters already, the class of the recipe."""
     owner.__class__ = adapted_class(type(owner), recipe)
 
 
-def restore_owner(owner: nn.Module) -> None:
-    """Give one adapted module its class back and take its adapters away; parameters stay as they are."""
-    original: Any = type(owner)
-    for name in [name for name, child in owner.named_children() if isinstance(child, Adapter)]:
-        delattr(owner, name)
-    owner.__class__ = original.original_class
+def install_graph(module: fx.GraphModule, graph: fx.Graph) -> None:
+    """Give an fx module the rewritten graph; its own is kept beside it."""
+    keep_attribute(module, GRAPH, module.graph)
+    module.graph = graph
+
+
+def rewritten_path(root: nn.Module, adapter: Adapter) -> str:
+    """The path of the module that was rewritten for an adapter: its owner, or an fx module around that."""
+    parts = adapter.site.owner.split(".") if adapter.site.owner else []
+    for stop in range(len(parts), -1, -1) if adapter.rewrite != "property" else ():
+        path = ".".join(parts[:stop])
+        if GRAPH in vars(root.get_submodule(path)):
+            return path
+    return adapter.site.owner
+
+
+def restore_module(module: nn.Module) -> None:
+    """Give one module its class or graph back and take its own adapters away; parameters stay as they are."""
+    owner: Any = module
+    for name in [name for name, child in module.named_children() if isinstance(child, Adapter)]:
+        delattr(module, name)
+    if isinstance(module, Adapted):
+        owner.__class__ = owner.original_class
+    if isinstance(module, fx.GraphModule) and GRAPH in vars(module):
+        module.graph = vars(module)[GRAPH]
+        drop_attribute(module, GRAPH)
 
 
 def restore_owners(root: nn.Module) -> None:
-    """Give every adapted module in `root` its class back and take its adapters away; parameters stay as they are."""
-    for owner in [module for module in root.modules() if isinstance(module, Adapted)]:
-        restore_owner(owner)
+    """Give every module in `root` its class and graph back and take its adapters away; parameters stay as they are."""
+    for module in list(root.modules()):
+        restore_module(module)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lora2fx.adapter import Adapter
+from lora2fx.dataflow.preserve import set_training
 from lora2fx.inputs import Inputs, flatten_outputs
 from lora2fx.passes.state import preserved, same_values, seed_all
 
@@ -42,7 +43,7 @@ def running(model: nn.Module, mode: Mode) -> Iterator[None]:
     with preserved(model), torch.set_grad_enabled(mode.grad):
         try:
             torch.backends.mha.set_fastpath_enabled(fused and not mode.grad)
-            model.train(mode.train)
+            set_training(model, mode.train)
             for module in model.modules():
                 if isinstance(module, Adapter):
                     module.eval()

@@ -1,7 +1,8 @@
-"""Rewrite the modules that own the matched weights so that each carries its low-rank update.
+"""Rewrite the modules that read the matched weights so that each carries its low-rank update.
 
-Three rewrites, the first that fits: `activation` adds ((x @ left) * gate) @ right to the matmul's output,
-`weight` replaces the weight's node by W + ΔW, `property` lets every read of the weight give W + ΔW.
+Three rewrites, the first that fits: `activation` adds ((x @ left) * gate) @ right to the matmul's output (or
+looks the same up for an embedding's ids), `weight` replaces the weight's node by W + ΔW, `property` lets every
+read of the weight give W + ΔW.
 """
 
 from __future__ import annotations
@@ -9,23 +10,23 @@ from __future__ import annotations
 import copy
 import operator
 from collections import defaultdict
-from collections.abc import Collection, Hashable, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from lora2fx.adapter import Adapter
 from lora2fx.errors import RewriteError
-from lora2fx.passes.install import Recipe, graph_recipe, install_owner
-from lora2fx.passes.tracing import UntraceableError, library_key, trace_adapter, trace_owner
+from lora2fx.passes.install import Recipe, graph_recipe, install_graph, install_owner
+from lora2fx.passes.places import Place, find_place, graph_place, relative
+from lora2fx.passes.tracing import library_key, trace_adapter, trace_owner
+from lora2fx.passes.uses import IN_OUT, GraphUse, parameter_use, weight_nodes
 from lora2fx.program import Program
-from lora2fx.site import Layout, Site
+from lora2fx.site import Site
 
 REWRITES = ("activation", "weight", "property")
 _SCALARS = (bool, int, float, str)
-_OUT_IN = Layout(contracted=(1,), free=(0,))
-_IN_OUT = Layout(contracted=(0,), free=(1,))
 
 
 def child_name(site: Site) -> str:
@@ -34,52 +35,33 @@ def child_name(site: Site) -> str:
     return f"lora2fx_{site.parameter}{suffix}"
 
 
-def weight_nodes(graph: fx.Graph, parameter: str) -> list[fx.Node]:
-    """The nodes that read the parameter."""
-    return [node for node in graph.nodes if node.op == "get_attr" and node.target == parameter]
+def _site_use(graph: fx.Graph, parameter: str, site: Site) -> GraphUse | None:
+    """The one plain matmul or lookup of the recorded layout that the site's weight is for, if that is all."""
+    found = parameter_use(graph, parameter)
+    return found if found is not None and found.layout == site.layout else None
 
 
-def matmul_input(node: fx.Node, weight: fx.Node) -> tuple[Any, Layout] | None:
-    """(activation, layout of the weight) where `node` is a plain matmul of an activation with this 2-D weight."""
-    args, named = node.args, node.kwargs
-    if node.target is torch.nn.functional.linear or node.target is torch._C._nn.linear:
-        linear = args[1] if len(args) > 1 else named.get("weight")
-        return (args[0] if args else named["input"], _OUT_IN) if linear is weight else None
-    if node.target in (torch.matmul, torch.mm, operator.matmul, "matmul", "mm", "__matmul__"):
-        return (args[0], _IN_OUT) if len(args) == 2 and args[1] is weight else None
-    if node.target in (torch.addmm, "addmm"):
-        return (args[1], _IN_OUT) if len(args) == 3 and args[2] is weight and not named else None
-    return None
-
-
-def _activation_input(graph: fx.Graph, site: Site) -> tuple[fx.Node, fx.Node] | None:
-    """(matmul, its activation) if the site's weight is used once, by a plain matmul of the recorded layout."""
-    reads = weight_nodes(graph, site.parameter)
-    users = [user for node in reads for user in node.users]
-    if len(site.shape) != 2 or len(reads) != 1 or len(users) != 1:
-        return None
-    found = matmul_input(users[0], reads[0])
-    if found is None or found[1] != site.layout or not isinstance(found[0], fx.Node) or found[0] is reads[0]:
-        return None
-    return users[0], found[0]
-
-
-def _fits(graph: fx.Graph | None, site: Site, rewrite: str) -> bool:
+def _fits(place: Place, site: Site, rewrite: str) -> bool:
     if rewrite == "property":
-        return True
-    if graph is None:
+        return not (isinstance(place.module, fx.GraphModule) and place.parameter == site.parameter)
+    if place.graph is None:
         return False
     if rewrite == "activation":
-        return _activation_input(graph, site) is not None
-    return bool(weight_nodes(graph, site.parameter))
+        return _site_use(place.graph, place.parameter, site) is not None
+    return bool(weight_nodes(place.graph, place.parameter))
 
 
-def owner_graph(owner: nn.Module) -> tuple[fx.Graph | None, str]:
-    """The owner's graph, or None and why it can't be traced."""
-    try:
-        return trace_owner(owner), ""
-    except UntraceableError as error:
-        return None, str(error)
+def _refuse_owner(owner: nn.Module, site: Site) -> None:
+    if "parametrizations" in site.owner.split("."):
+        raise RewriteError(
+            f"{site.weight} is already parametrized (torch.nn.utils.parametrize): remove the parametrization with"
+            " remove_parametrizations, or leave the weight out with exclude=."
+        )
+    if isinstance(owner, torch.jit.ScriptModule):
+        raise RewriteError(
+            f"{site.weight} belongs to a scripted module, whose code can't be changed: transform the module before"
+            " torch.jit.script, or leave the weight out with exclude=."
+        )
 
 
 def plan_rewrite(model: nn.Module, site: Site, outside_reads: Collection[str] = (), after: str | None = None) -> str:
@@ -87,16 +69,11 @@ def plan_rewrite(model: nn.Module, site: Site, outside_reads: Collection[str] = 
 
     Raises `RewriteError`, saying why and what to do, where none does.
     """
-    owner = model.get_submodule(site.owner)
-    if hasattr(owner, "parametrizations") or "parametrizations" in site.owner.split("."):
-        raise RewriteError(
-            f"{site.weight} is already parametrized (torch.nn.utils.parametrize): remove the parametrization with"
-            " remove_parametrizations, or leave the weight out with exclude=."
-        )
-    graph = None if site.weight in outside_reads else owner_graph(owner)[0]
+    _refuse_owner(model.get_submodule(site.owner), site)
+    place = find_place(model, site, outside_reads)
     start = REWRITES.index(after) + 1 if after else 0
     for rewrite in REWRITES[start:]:
-        if _fits(graph, site, rewrite):
+        if _fits(place, site, rewrite):
             return rewrite
     raise RewriteError(f"{site.weight}: no rewrite is left after {after!r}; leave it out with exclude=.")
 
@@ -120,14 +97,22 @@ def _insert_adapter(graph: fx.Graph, adapter_graph: fx.Graph, child: str, inputs
     raise AssertionError("a graph without output")
 
 
+def _parameter(child: str, adapter: Adapter) -> str:
+    """The adapter's weight as the graph names it, whose module is the adapter's parent."""
+    prefix = child.rpartition(".")[0]
+    return f"{prefix}.{adapter.site.parameter}".lstrip(".")
+
+
 def _add_to_output(graph: fx.Graph, child: str, adapter: Adapter) -> None:
     """y → y + adapter(x), on the adapter's own columns of a fused weight."""
-    found = _activation_input(graph, adapter.site)
-    assert found is not None
-    matmul, activation = found
-    users = list(matmul.users)
+    found = _site_use(graph, _parameter(child, adapter), adapter.site)
+    if found is None:
+        raise RewriteError(f"{adapter.site.weight} is not read by one plain matmul: it can't be rewritten here.")
+    matmul, users = found.node, list(found.node.users)
+    function: Callable[..., Tensor] = Adapter.lookup if found.lookup else Adapter.forward
+    name = "ids" if found.lookup else "x"
     with graph.inserting_before(matmul.next):
-        update = _insert_adapter(graph, trace_adapter(adapter, Adapter.forward), child, {"x": activation})
+        update = _insert_adapter(graph, trace_adapter(adapter, function), child, {name: found.input})
         update = graph.call_method("type_as", (update, matmul))
         if adapter.columns is None:
             total = graph.call_function(operator.add, (matmul, update))
@@ -141,7 +126,7 @@ def _add_to_output(graph: fx.Graph, child: str, adapter: Adapter) -> None:
 def _add_to_weight(graph: fx.Graph, child: str, adapter: Adapter) -> None:
     """W → W + ΔW wherever the owner's forward reads W."""
     adapter_graph = trace_adapter(adapter, Adapter.weight_delta)
-    for weight in weight_nodes(graph, adapter.site.parameter):
+    for weight in weight_nodes(graph, _parameter(child, adapter)):
         users = list(weight.users)
         with graph.inserting_before(weight.next):
             update = _insert_adapter(graph, adapter_graph, child, {})
@@ -152,7 +137,7 @@ def _add_to_weight(graph: fx.Graph, child: str, adapter: Adapter) -> None:
 
 
 def rewrite_graph(graph: fx.Graph, adapters: Mapping[str, Adapter], plans: Mapping[str, str]) -> None:
-    """Add every adapter whose plan is `activation` or `weight` to the owner's graph, in place."""
+    """Add every adapter whose plan is `activation` or `weight` to the graph, in place; by its path from there."""
     for child, adapter in adapters.items():
         if plans[child] == "weight":
             _add_to_weight(graph, child, adapter)
@@ -174,7 +159,7 @@ def _adapter_key(adapter: Adapter) -> Hashable:
     """What alone decides an adapter's graphs: its class, its plain settings, and the matrix that its site is."""
     site = adapter.site
     plain = tuple((name, value) for name, value in sorted(vars(adapter).items()) if isinstance(value, _SCALARS))
-    structure = (site.shape, site.layout, site.columns is None, adapter.dropout is None)
+    structure = (site.shape, site.layout, site.columns is None, adapter.dropout is None, adapter.padding is None)
     return type(adapter), plain, structure, site.parameter, tuple(adapter._parameters), tuple(adapter._buffers)
 
 
@@ -202,26 +187,71 @@ def owner_recipe(owner: nn.Module, adapters: Mapping[str, Adapter], plans: Mappi
 def _make_recipe(owner: nn.Module, adapters: Mapping[str, Adapter], plans: Mapping[str, str]) -> Recipe:
     merged: dict[str, list[str]] = defaultdict(list)
     for child, adapter in adapters.items():
-        _check_dropout(adapter, plans[child])
         if plans[child] == "property":
             merged[adapter.site.parameter].append(child)
     graph = None
-    if len(set(plans.values()) - {"property"}) > 0:
+    if set(plans.values()) - {"property"}:
         graph = copy.deepcopy(trace_owner(owner))
         rewrite_graph(graph, adapters, plans)
     return graph_recipe(graph, tuple((name, tuple(children)) for name, children in merged.items()))
 
 
-def rewrite_owners(program: Program, plans: Mapping[str, str]) -> None:
-    """Install every adapter of the program by the rewrite planned for it; both by the adapter's module path."""
-    owners: dict[str, dict[str, Adapter]] = defaultdict(dict)
+def _padding_row(model: nn.Module, site: Site) -> int | None:
+    """The row of an embedding that its lookup says is padding, which never moves."""
+    owner = model.get_submodule(site.owner)
+    if isinstance(owner, nn.Embedding | nn.EmbeddingBag):
+        return owner.padding_idx
+    if site.layout != IN_OUT:
+        return None
+    place = find_place(model, site)
+    found = None if place.graph is None else parameter_use(place.graph, place.parameter)
+    return None if found is None or found.padding is None else found.padding % site.shape[0]
+
+
+def _keep_padding(model: nn.Module, adapter: Adapter) -> None:
+    row = _padding_row(model, adapter.site)
+    if row is not None:
+        adapter.padding = torch.tensor([row], device=model.get_parameter(adapter.site.weight).device)
+
+
+def _grouped(program: Program, plans: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    """By the path of each module to rewrite: its adapters' paths, by what their names are from there."""
+    places: dict[str, dict[str, str]] = defaultdict(dict)
     for path, adapter in program.adapters.items():
-        owners[adapter.site.owner][path.rpartition(".")[2]] = adapter
-    recipes = {}
-    for path, adapters in owners.items():
-        children = {child: plans[f"{path}.{child}".lstrip(".")] for child in adapters}
-        recipes[path] = owner_recipe(program.root.get_submodule(path), adapters, children)
-    for path, adapters in owners.items():
-        for child, adapter in adapters.items():
-            adapter.rewrite = plans[f"{path}.{child}".lstrip(".")]
-        install_owner(program.root.get_submodule(path), recipes[path], adapters)
+        around = graph_place(program.root, adapter.site.weight) if plans[path] != "property" else None
+        place = adapter.site.owner if around is None else around.path
+        places[place][relative(path, place)] = path
+    return places
+
+
+def _rewritten_graph(module: fx.GraphModule, adapters: Mapping[str, Adapter], plans: Mapping[str, str]) -> fx.Graph:
+    graph = copy.deepcopy(module.graph)
+    rewrite_graph(graph, adapters, plans)
+    return graph
+
+
+def rewrite_owners(program: Program, plans: Mapping[str, str]) -> None:
+    """Install every adapter of the program by the rewrite planned for it; both by the adapter's module path.
+
+    An fx module gets a new graph, any other module a new class. Raises `RewriteError` with the model as it was.
+    """
+    for path, adapter in program.adapters.items():
+        _check_dropout(adapter, plans[path])
+        _keep_padding(program.root, adapter)
+    recipes = list[tuple[nn.Module, Recipe]]()
+    graphs = list[tuple[fx.GraphModule, fx.Graph]]()
+    for place, paths in _grouped(program, plans).items():
+        module = program.root.get_submodule(place)
+        adapters = {child: program.adapters[path] for child, path in paths.items()}
+        own = {child: plans[path] for child, path in paths.items()}
+        if isinstance(module, fx.GraphModule):
+            graphs.append((module, _rewritten_graph(module, adapters, own)))
+        else:
+            recipes.append((module, owner_recipe(module, adapters, own)))
+    for path, adapter in program.adapters.items():
+        adapter.rewrite = plans[path]
+        program.root.get_submodule(adapter.site.owner).add_module(child_name(adapter.site), adapter)
+    for owner, recipe in recipes:
+        install_owner(owner, recipe)
+    for around, graph in graphs:
+        install_graph(around, graph)

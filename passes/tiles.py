@@ -50,7 +50,7 @@ class Factors:
     def __init__(self, adapter: Adapter, device: torch.device) -> None:
         exact = adapter.exact().to(device)
         self.site: Site = adapter.site
-        self.left = exact.left() * exact.gate().unsqueeze(-2)
+        self.left = exact.rows()
         self.right = exact.right()
         if exact.columns is not None:
             whole = self.right.new_zeros(*self.right.shape[:-1], self.site.weight_out_features)

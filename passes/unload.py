@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lora2fx.errors import AdapterError
 from lora2fx.passes.install import restore_owners
-from lora2fx.program import RECORD, TIED, Program
+from lora2fx.program import RECORD, TIED, Program, drop_attribute
 
 
 def _restore_flags(program: Program) -> None:
@@ -28,7 +28,7 @@ def _restore_flags(program: Program) -> None:
 def detach_adapters(program: Program) -> None:
     """Give the model its classes and requires_grad flags back, and take adapters and record away; values stay."""
     restore_owners(program.root)
-    del vars(program.root)[RECORD]
+    drop_attribute(program.root, RECORD)
     _restore_flags(program)
 
 

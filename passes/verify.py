@@ -14,6 +14,7 @@ from lora2fx.errors import VerifyError
 from lora2fx.inputs import Inputs
 from lora2fx.passes.checks import Check, Trial, all_checks
 from lora2fx.passes.copying import partial_copy
+from lora2fx.passes.install import rewritten_path
 from lora2fx.passes.outputs import Reference, reference_outputs
 from lora2fx.program import Program
 
@@ -61,7 +62,7 @@ def _blamed(trial: Trial, checks: Sequence[Check]) -> tuple[str, ...]:
 
     owners: dict[str, list[str]] = defaultdict(list)
     for name, adapter in trial.program.adapters.items():
-        owners[adapter.site.owner].append(name)
+        owners[rewritten_path(trial.program.root, adapter)].append(name)
     return tuple(_culprits([tuple(names) for names in owners.values()], fails))
 
 

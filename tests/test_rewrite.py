@@ -61,7 +61,7 @@ PLANS = {
     "fused value": "activation",
     "conv": "weight",
     "stack": "weight",
-    "turned": "weight",
+    "turned": "activation",
 }
 
 
