@@ -171,7 +171,7 @@ def test_the_folder_holds_adapter_onnx_and_both_reports(run: dict[str, Any], out
 def test_the_budget_is_spent_exactly_and_counted_as_plain_lora(run: dict[str, Any]) -> None:
     found = {result["method"]: result for result in run["results"]}
     assert [result["method"] for result in run["results"]] == ["before", "head only", "LoRA", "LoRA²"]
-    assert found["LoRA"]["columns"] == found["LoRA²"]["columns"] == 20
+    assert found["LoRA"]["rank"] == found["LoRA²"]["rank"] == 20
     assert found["LoRA²"]["adapter_parameters"] == sum(
         site["rank"] * sum(site["shape"]) for site in run["delivered"]["sites"] if site["r"] is not None
     )

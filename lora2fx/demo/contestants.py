@@ -72,6 +72,11 @@ def adapt(base: VisionTransformer, examples: Examples, recipe: Recipe, steps: in
 
 RECIPES = (
     Recipe("head only", None, head_rate=0.3),
-    Recipe("LoRA", lora2fx.LoRA(r=1, lora_alpha=1), head_rate=0.03, adapter_rate=0.02),
-    Recipe("LoRA²", lora2fx.LoRA2(r=8, k=4, target_k=1, lora_alpha=8), head_rate=0.03, adapter_rate=0.02),
+    Recipe("LoRA", lora2fx.LoRA(r=1, lora_alpha=1, init="gaussian"), head_rate=0.01, adapter_rate=0.02),
+    Recipe(
+        "LoRA²",
+        lora2fx.LoRA2(r=8, k=4, target_k=1, lora_alpha=8, orth_reg_weight=0.01),
+        head_rate=0.01,
+        adapter_rate=0.02,
+    ),
 )

@@ -66,10 +66,11 @@ def _environment() -> dict[str, Any]:
 def _result(model: VisionTransformer, recipe: Recipe, task: Task, seed: int) -> dict[str, Any]:
     found: dict[str, Any] = {"method": recipe.name, "seed": seed, "accuracy": accuracy(model, task.test)}
     if recipe.method is None:
-        return found | {"adapter_parameters": 0, "columns": 0, "active": None}
-    sites = [site for site in lora2fx.report(model).to_dict()["sites"] if site["r"] is not None]
-    spent = {"adapter_parameters": plain_parameters(sites), "columns": sum(site["rank"] for site in sites)}
-    return found | spent | {"active": sum(site["active"] for site in sites)}
+        return found | {"adapter_parameters": 0, "rank": 0, "active": None}
+    report = lora2fx.report(model)
+    sites = [site for site in report.sites if site["r"] is not None]
+    spent = {"adapter_parameters": plain_parameters(sites), "rank": sum(site["rank"] for site in sites)}
+    return found | spent | {"active": report.totals["kept"].get("lambda")}
 
 
 def compete(size: Size, seed: int, out: Path) -> dict[str, Any]:

@@ -27,7 +27,7 @@ def _row(method: str, results: Sequence[Mapping[str, Any]]) -> list[str]:
         known = [value for value in values if value is not None]
         return (f"{mean(known):,.0f}" if any(known) else "–") if known else "–"
 
-    spent = [cell("adapter_parameters"), cell("columns"), cell("active")]
+    spent = [cell("adapter_parameters"), cell("rank"), cell("active")]
     return [method, _spread([result["accuracy"] for result in results], 3), *spent]
 
 
