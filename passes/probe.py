@@ -21,17 +21,15 @@ def draw_like(tensor: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor)
 
 
-def _norm(adapter: Adapter) -> float:
-    return float(adapter.exact().delta().norm())
-
-
 def _size_parameter(adapter: Adapter) -> nn.Parameter | None:
-    """A parameter that ΔW is linear in, found by doubling each in turn."""
-    before = adapter.exact().delta()
+    """A parameter that ΔW is linear in, found by doubling each in turn and looking at a few rows of activations."""
+    site = adapter.site
+    rows = torch.randn(*site.batch_shape, 4, site.in_features, generator=torch.Generator().manual_seed(0))
+    rows = rows.to(device=next(adapter.parameters()).device, dtype=torch.float64)
+    before = adapter.exact()(rows)
     for parameter in adapter.parameters():
         parameter.mul_(2)
-        linear = torch.allclose(adapter.exact().delta(), 2 * before, rtol=1e-6)
-        if linear:
+        if torch.allclose(adapter.exact()(rows), 2 * before, rtol=1e-6):
             return parameter
         parameter.div_(2)
     return None
@@ -43,7 +41,7 @@ def randomise(adapter: Adapter, weight: Tensor, generator: torch.Generator) -> N
     for parameter in adapter.parameters():
         parameter.copy_(draw_like(parameter, generator))
     found = _size_parameter(adapter)
-    norm = _norm(adapter)
+    norm = float(adapter.singular_values().norm())
     if found is None or norm == 0:
         return
     reach = float(torch.linalg.vector_norm(weight.detach(), dtype=torch.float64)) if weight.is_floating_point() else 0.0
