@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-import torch
+import sys
+from typing import Any
+
 from torch import Tensor
 
-if torch.distributed.is_available():
-    from torch.distributed.tensor import DTensor, distribute_tensor
+
+def _sharded(tensor: Tensor) -> Any | None:
+    """The module of DTensor where the tensor is one. Importing it takes a second: who shards has done so."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module if module is not None and isinstance(tensor, module.DTensor) else None
 
 
 def whole(tensor: Tensor) -> Tensor:
     """The whole tensor on every worker; differentiable."""
-    if torch.distributed.is_available() and isinstance(tensor, DTensor):
-        full: Tensor = tensor.full_tensor()
-        return full
-    return tensor
+    if _sharded(tensor) is None:
+        return tensor
+    full: Tensor = tensor.full_tensor()  # type: ignore[attr-defined]
+    return full
 
 
 def like(tensor: Tensor, model: Tensor) -> Tensor:
     """`tensor`, the same on every worker, laid out as `model` is."""
-    if torch.distributed.is_available() and isinstance(model, DTensor):
-        return distribute_tensor(tensor, model.device_mesh, model.placements)
-    return tensor
+    module = _sharded(model)
+    if module is None:
+        return tensor
+    laid_out: Tensor = module.distribute_tensor(tensor, model.device_mesh, model.placements)  # type: ignore[attr-defined]
+    return laid_out
