@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import threading
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 import lora2fx
 from lora2fx.adapter import Adapter
 from lora2fx.errors import AdapterError, ExportError, InputsError, ScheduleError
-from lora2fx.exporters import export_onnx
+from lora2fx.exporters import export_onnx, onnx_files
 from lora2fx.exporters import onnx as onnx_module
 from lora2fx.exporters.copies import copies_of
 from lora2fx.exporters.onnx import Options, export_copies
@@ -94,6 +95,7 @@ def test_the_report_holds_the_proof(exported):
     assert report.verify["status"] == "passed"
     assert [site["rank"] for site in report.sites] == [3, 0, 3]
     written = json.loads((folder / "m.onnx.report.json").read_text())
+    assert written["sha256"] == hashlib.sha256((folder / "m.onnx").read_bytes()).hexdigest()
     assert written["max_error"] == details["max_error"]
     assert "max_error" in str(report)
 
@@ -127,7 +129,7 @@ def test_only_the_three_files_are_there(exported):
     assert sorted(path.name for path in folder.iterdir()) == ["m.onnx", "m.onnx.report.json"]
 
 
-def test_weights_go_beside_the_file_when_asked_for_and_replace_older_ones(tmp_path):
+def test_weights_go_beside_the_file_when_asked_for_or_many_and_replace_older_ones(tmp_path, monkeypatch):
     model = adapt(network(), WEIGHTS)
     place = tmp_path / "new" / "m.onnx"
     export_onnx(model, place, (example(),), external_data=True)
@@ -136,7 +138,8 @@ def test_weights_go_beside_the_file_when_asked_for_and_replace_older_ones(tmp_pa
     with torch.no_grad():
         next(adapters[0].parameters()).mul_(1.5)
         expected = model(example())["logits"].numpy()
-    export_onnx(model, place, (example(),), external_data=True)
+    monkeypatch.setattr(onnx_files, "EXTERNAL_DATA_ABOVE", 10_000)
+    export_onnx(model, place, (example(),))
     second = sorted(path.name for path in place.parent.glob("*.data"))
     assert len(first) == len(second) == 1
     assert first != second
