@@ -1,8 +1,7 @@
-"""One worker of a two-process run on CPU: `python -m tests.distributed_run <rank> <port> <kind> <file>`."""
+"""One worker of a two-process run on CPU: `python -m tests.distributed_run <rank> <kind> <file>`."""
 
 from __future__ import annotations
 
-import os
 import sys
 
 import torch
@@ -36,9 +35,8 @@ def train(model, forward, optimizer, attachment, parts, rank):
     return {name: whole(value.detach()).clone() for name, value in model.state_dict().items()}
 
 
-def worker(rank, port, kind, method):
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": str(rank), "WORLD_SIZE": "2"}
-    dist.init_process_group("gloo")
+def worker(rank, kind, method, path):
+    dist.init_process_group("gloo", init_method=f"file://{path}.store", rank=rank, world_size=2)
     model = Model(method)
     if kind == "ddp":
         forward = DistributedDataParallel(model)
@@ -56,6 +54,6 @@ def worker(rank, port, kind, method):
 if __name__ == "__main__":
     from tests.test_training_distributed import METHOD
 
-    rank, port, kind, path = sys.argv[1:]
+    rank, kind, path = sys.argv[1:]
     torch.set_num_threads(1)
-    torch.save(worker(int(rank), port, kind, METHOD), f"{path}.{rank}")
+    torch.save(worker(int(rank), kind, METHOD, path), f"{path}.{rank}")

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora2fx.errors import ScheduleError
@@ -17,6 +17,7 @@ scores = st.lists(
 )
 
 
+@settings(deadline=None)
 @given(scores, st.integers(-2, 40))
 def test_keeps_exactly_the_budget_and_the_highest(values, budget):
     total = sum(map(len, values))
@@ -31,6 +32,7 @@ def test_keeps_exactly_the_budget_and_the_highest(values, budget):
     assert not inside or not outside or min(inside) >= max(outside)
 
 
+@settings(deadline=None)
 @given(scores, st.integers(0, 30))
 def test_ties_go_by_position(values, budget):
     """The dropped ones are the first by (score, adapter, entry)."""
@@ -46,6 +48,7 @@ def test_all_equal_scores_drop_the_first():
     assert [keep.tolist() for keep in kept] == [[False, False, False], [True, True]]
 
 
+@settings(deadline=None)
 @given(st.floats(1e-38, 1e-20), st.integers(0, 5))
 def test_scores_far_below_one_are_told_apart(size, budget):
     values = torch.arange(1, 6, dtype=torch.float32) * size

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import socket
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -16,22 +16,29 @@ from tests.test_training_driver import Model, adamw, attach
 METHOD = LoRA2(r=4, k=3, init="orthonormal", target_r=2, target_k=2, tinit=2, tfinal=4, deltaT=2)
 
 
-def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+def outcome(workers, seconds=120):
+    """Return codes; one that fails takes the others with it."""
+    try:
+        for _ in range(seconds * 10):
+            codes = [worker.poll() for worker in workers]
+            if None not in codes or any(codes):
+                break
+            time.sleep(0.1)
+    finally:
+        for worker in workers:
+            worker.kill()
+    return [worker.wait() for worker in workers]
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_two_processes_are_one(kind, tmp_path):
     command = [sys.executable, "-W", "ignore", "-m", "tests.distributed_run"]
-    port = str(free_port())
-    workers = [
-        subprocess.Popen([*command, str(rank), port, kind, str(tmp_path / "state")], stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    errors = [worker.communicate(timeout=200)[1] for worker in workers]
-    assert [worker.returncode for worker in workers] == [0, 0], errors
+    logs = [tmp_path / f"log.{rank}" for rank in range(2)]
+    workers = []
+    for rank, log in enumerate(logs):
+        with log.open("w") as file:
+            workers.append(subprocess.Popen([*command, str(rank), kind, str(tmp_path / "state")], stderr=file))
+    assert outcome(workers) == [0, 0], [log.read_text() for log in logs]
     first, second = (torch.load(tmp_path / f"state.{rank}", weights_only=True) for rank in range(2))
     model = Model(METHOD)
     optimizer = adamw(model)

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora2fx.errors import ScheduleError
@@ -18,6 +18,7 @@ def published_budget(step, total, initial, final, start, target):
     return int(target + (start - target) * left**3)
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_budget_is_the_published_rule_and_never_rises(data):
     total = data.draw(st.integers(3, 400))
@@ -33,6 +34,7 @@ def test_budget_is_the_published_rule_and_never_rises(data):
     assert found[total - final :] == [target] * final
 
 
+@settings(deadline=None)
 @given(st.integers(1, 5000))
 def test_defaults_fit_every_run_and_end_with_an_event(total):
     if total < 2:
