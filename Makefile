@@ -31,7 +31,7 @@ types: $(VENV)/.installed-dev  ## mypy --strict
 	$(BIN)/mypy --strict
 
 imports: $(VENV)/.installed-dev  ## the import directions, as pyproject.toml states them
-	$(BIN)/lint-imports
+	$(BIN)/lint-imports --no-logo
 
 setup: $(VENV)/.installed-dev  ## .venv with everything that development needs
 
