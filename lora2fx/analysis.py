@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from lora2fx.dataflow.recording import Recording
 from lora2fx.errors import InputsError
 from lora2fx.inputs import ExampleInputs, Inputs, as_inputs, synthesise
+from lora2fx.passes.recurrent import recurrent_sites
 from lora2fx.passes.static import static_sites
 from lora2fx.record import record
 from lora2fx.roles import find_sites
@@ -59,9 +61,21 @@ def analyse(model: nn.Module, example_inputs: ExampleInputs | None, roles_needed
         return ModelAnalysis(sites, rest, ties=tied_weights(model))
     recording = record(model, inputs)
     found = find_sites(model, recording)
-    if not found.sites:
+    rest = dict(found.rest)
+    reached = _reached(recording)
+    recurrent = recurrent_sites(model, [weight for weight in rest if weight in reached])
+    for site in recurrent:
+        del rest[site.weight]
+    sites = (*found.sites, *recurrent)
+    if not sites:
         raise InputsError(
             f"{type(model).__name__}'s forward ran on the example inputs, but no weight of two or more dimensions met"
             " an activation in it. Pass example_inputs that take the path you train."
         )
-    return ModelAnalysis(found.sites, dict(found.rest), inputs, recording.outside_reads, tied_weights(model))
+    return ModelAnalysis(sites, rest, inputs, recording.outside_reads, tied_weights(model))
+
+
+def _reached(recording: Recording) -> set[str]:
+    """The weights that any call of the recorded forward reads."""
+    read = {value for op in recording.ops for value in op.inputs}
+    return {name for value, name in recording.parameters.items() if value in read}

@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 
 from lora2fx.adapter import Adapter
 from lora2fx.errors import RewriteError
+from lora2fx.passes.recurrent import FLAT_WEIGHTS
 from lora2fx.program import drop_attribute, keep_attribute
 
 GRAPH = "_lora2fx_graph"
@@ -131,6 +132,8 @@ def _make_class(original: type[nn.Module], recipe: Recipe) -> type[nn.Module]:
     body: dict[str, Any] = {"recipe": recipe, "original_class": original}
     body |= {"__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__}
     body |= {parameter: _merged_weight(parameter, children) for parameter, children in recipe.merged}
+    if issubclass(original, nn.RNNBase):
+        body["_flat_weights"] = FLAT_WEIGHTS
     if recipe.source is not None:
         body["forward"] = _compile_forward(original.__qualname__, recipe)
     return type(original.__name__, (Adapted, original), body)

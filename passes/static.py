@@ -8,6 +8,7 @@ import torch
 from torch import fx, nn
 
 from lora2fx.passes.places import graph_place, owner_graph
+from lora2fx.passes.recurrent import recurrent_sites
 from lora2fx.passes.uses import readers, weight_nodes, weight_use
 from lora2fx.site import Layout, Site
 
@@ -59,4 +60,7 @@ def static_sites(model: nn.Module) -> tuple[tuple[Site, ...], dict[str, str]]:
                 continue
             role = "embedding" if layout.contracted == (0,) and isinstance(owner, nn.Embedding) else "unknown"
             sites.append(Site(name, path, parameter, tuple(value.shape), layout, role, "by its owner's graph alone"))
-    return tuple(sites), rest
+    recurrent = recurrent_sites(model, rest)
+    for site in recurrent:
+        del rest[site.weight]
+    return (*sites, *recurrent), rest
