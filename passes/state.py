@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from lora2fx.dataflow.preserve import attributes_of
 
 
 def same_values(a: Tensor, b: Tensor) -> bool:
@@ -64,17 +66,6 @@ def preserved_buffers(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def preserved_flags(model: nn.Module) -> Iterator[None]:
-    """Every module's train flag is as before afterwards."""
-    flags = {module: module.training for module in model.modules()}
-    try:
-        yield
-    finally:
-        for module, flag in flags.items():
-            module.training = flag
-
-
-@contextmanager
 def preserved_values(parameters: list[nn.Parameter]) -> Iterator[None]:
     """The parameters' values are as before afterwards."""
     values = [parameter.detach().clone() for parameter in parameters]
@@ -87,7 +78,16 @@ def preserved_values(parameters: list[nn.Parameter]) -> Iterator[None]:
 
 
 @contextmanager
+def preserved_attributes(model: nn.Module) -> Iterator[None]:
+    """Every module's attributes are as before afterwards: counters, caches, buffers that a forward makes anew."""
+    with ExitStack() as stack:
+        for module in model.modules():
+            stack.callback(attributes_of(module))
+        yield
+
+
+@contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
-    """Train flags, buffers and random generators are as before afterwards, whatever happens within."""
-    with preserved_flags(model), preserved_buffers(model), preserved_generators():
+    """Train flags, attributes, buffers and random generators are as before afterwards, whatever happens within."""
+    with preserved_attributes(model), preserved_buffers(model), preserved_generators():
         yield

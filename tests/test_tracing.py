@@ -1,182 +1,14 @@
 """An owner is traced only where one trace tells every later call."""
 
-import random
+import types
 
 import pytest
-import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lora2fx.passes.tracing import UntraceableError, trace_owner
-
-FLAG = 2.0
-
-
-def branchy(x):
-    return x if x is not None else 0
-
-
-class Square(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x * x
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad * 2 * ctx.saved_tensors[0]
-
-
-class Base(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.w = nn.Parameter(torch.randn(4, 4))
-        self.scale = 2.0
-        self.calls = 0
-        self.config = {"scale": 2.0}
-        self.act = F.gelu
-        self.register_buffer("offset", torch.ones(4))
-
-
-class BranchOnTraining(Base):
-    def forward(self, x):
-        return x @ self.w if self.training else x
-
-
-class BranchOnNone(Base):
-    def forward(self, x, mask=None):
-        return x @ self.w if mask is None else x @ self.w * mask
-
-
-class BranchOnIsinstance(Base):
-    def forward(self, x):
-        x = x[0] if isinstance(x, tuple) else x
-        return x @ self.w
-
-
-class IsinstanceWithoutBranch(Base):
-    def forward(self, x):
-        return x @ self.w * (1 + isinstance(x, tuple))
-
-
-class Global(Base):
-    def forward(self, x):
-        return x @ self.w * FLAG
-
-
-class NoGrad(Base):
-    def forward(self, x):
-        with torch.no_grad():
-            x = x * 2
-        return x @ self.w
-
-
-class Autocast(Base):
-    def forward(self, x):
-        with torch.autocast("cpu", enabled=False):
-            return x @ self.w
-
-
-class GradMode(Base):
-    def forward(self, x):
-        return x @ self.w * (1 + torch.is_grad_enabled())
-
-
-class PythonRandom(Base):
-    def forward(self, x):
-        return x @ self.w * random.random()
-
-
-class TorchRandom(Base):
-    def forward(self, x):
-        return x @ self.w * torch.rand(())
-
-
-class TorchRandomItem(Base):
-    def forward(self, x):
-        return x @ self.w * torch.rand(()).item()
-
-
-class Counter(Base):
-    def forward(self, x):
-        self.calls += 1
-        return x @ self.w
-
-
-class ReassignedBuffer(Base):
-    def forward(self, x):
-        self.offset = self.offset * 0.9
-        return x @ self.w + self.offset
-
-
-class Loop(Base):
-    def forward(self, x):
-        for _ in range(2):
-            x = x @ self.w
-        return x
-
-
-class ConfigObject(Base):
-    def forward(self, x):
-        return x @ self.w * self.config["scale"]
-
-
-class CallableAttribute(Base):
-    def forward(self, x):
-        return self.act(x @ self.w)
-
-
-class BranchInCallee(Base):
-    def forward(self, x):
-        return branchy(x @ self.w)
-
-
-class DataDependent(Base):
-    def forward(self, x):
-        return x @ self.w if x.sum() > 0 else x
-
-
-class CustomFunction(Base):
-    def forward(self, x):
-        return Square.apply(x @ self.w)
-
-
-class ShapeConstant(Base):
-    def forward(self, x):
-        return (x @ self.w).reshape(int(x.shape[0]), -1)
-
-
-class SliceAssignment(Base):
-    def forward(self, x):
-        y = x @ self.w
-        y[..., :2] = 0
-        return y
-
-
-UNSAFE = {
-    BranchOnTraining: "control flow",
-    BranchOnNone: "branches or loops",
-    BranchOnIsinstance: "branches or loops|reads the global isinstance",
-    IsinstanceWithoutBranch: "reads the global isinstance",
-    Global: "reads the global FLAG",
-    NoGrad: "has a with block",
-    Autocast: "has a with block",
-    GradMode: "asks is_grad_enabled",
-    PythonRandom: "reads the global random",
-    TorchRandom: "depends on no input",
-    TorchRandomItem: "asks item",
-    Counter: "writes an attribute",
-    ReassignedBuffer: "writes an attribute",
-    Loop: "branches or loops|reads the global range",
-    ConfigObject: "reads self.config, a dict",
-    CallableAttribute: "reads self.act, a",
-    BranchInCallee: "branchy branches",
-    DataDependent: "control flow",
-    CustomFunction: "tracing stopped|closure|global",
-    ShapeConstant: "tracing stopped|global int",
-    SliceAssignment: "item assignment",
-}
+from tests.owners import UNSAFE, Base
 
 
 @pytest.mark.parametrize("module", UNSAFE, ids=lambda module: module.__name__)
@@ -187,6 +19,40 @@ def test_unsafe_owner_is_refused_with_the_reason_and_left_alone(module):
         trace_owner(owner)
     assert type(owner) is module
     assert vars(owner) == state
+
+
+def test_a_forward_set_on_the_module_itself_is_not_taken_for_its_classs():
+    owner = nn.Linear(4, 4)
+    owner.forward = types.MethodType(lambda self, x: x, owner)
+    with pytest.raises(UntraceableError, match="its forward is set on the module itself"):
+        trace_owner(owner)
+
+
+class Reflecting(nn.Conv1d):
+    """Inherits torch's forward, and branches in a method that it calls."""
+
+    def _conv_forward(self, x, weight, bias):
+        return super()._conv_forward(x, weight, bias) if self.training else x
+
+
+def test_a_subclass_of_torchs_own_module_is_looked_at_itself():
+    with pytest.raises(UntraceableError, match="control flow"):
+        trace_owner(Reflecting(4, 4, 1))
+
+
+class Optional(Base):
+    def forward(self, x):
+        return F.linear(x, self.w, self.mask).to(self.kind)
+
+    @property
+    def kind(self):
+        return self.w.dtype
+
+
+def test_what_is_none_today_and_dtypes_are_read_in_each_call():
+    source = trace_owner(Optional()).python_code("self").src
+    assert "self.mask" in source
+    assert "float32" not in source
 
 
 class ReadsScalars(Base):
@@ -228,3 +94,13 @@ def test_signature_keeps_names_defaults_and_keywords():
 
     code = trace_owner(Keywords()).python_code("self").src
     assert "def forward(self, x, shift = 1.0, factor = 2.0):" in code
+
+
+def test_packed_keywords_stay_packed():
+    class Packed(Base):
+        def forward(self, x, **options):
+            return x @ self.w * options.get("scale", 1.0)
+
+    code = trace_owner(Packed()).python_code("self").src
+    assert "**options" in code
+    assert "options.get('scale', 1.0)" in code

@@ -23,7 +23,7 @@ def _restore_container(container: Any, saved: Any) -> None:
         container.update(saved)
 
 
-def _attributes_of(module: nn.Module) -> Callable[[], None]:
+def attributes_of(module: nn.Module) -> Callable[[], None]:
     """How to give `module` back its attributes (train flag, buffers, caches) and what its containers held."""
     before = dict(vars(module))
     items = [(value, value.copy()) for value in before.values() if type(value) in _CONTAINERS]
@@ -92,5 +92,5 @@ def preserved(model: nn.Module) -> Iterator[None]:
         stack.callback(_random_states())
         stack.callback(_buffers_of(model))
         for module in model.modules():
-            stack.callback(_attributes_of(module))
+            stack.callback(attributes_of(module))
         yield
