@@ -1,5 +1,6 @@
 """Verification: a right rewrite passes at rounding error, every wrong one is caught and blamed on its own site."""
 
+import itertools
 import random
 from dataclasses import replace
 
@@ -171,15 +172,14 @@ class Moody(nn.Module):
         super().__init__()
         self.linear = nn.Linear(4, 4).double()
         self.register_buffer("calls", torch.zeros(()))
-        self.count, self.raises_in = 0, raises_in
+        self.count, self.raises_in = itertools.count(1), raises_in  # an iterator goes on whatever is put back
 
     def forward(self, x):
-        self.count += 1
         self.calls += 1
         self.calls = self.calls.clone()
         self.linear.train(not self.linear.training)
         random.random(), np.random.rand(), torch.rand(())
-        if self.count == self.raises_in:
+        if next(self.count) == self.raises_in:
             raise RuntimeError("no mood")
         return self.linear(x)
 
