@@ -22,6 +22,7 @@ from lora2fx.passes.install import restore_owners
 from lora2fx.passes.unload import unload_adapters
 from lora2fx.program import RECORD, Program, program_of
 from lora2fx.reports import Report
+from lora2fx.sharding import refuse_sharded
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,8 @@ class Copies:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The user's module inside DDP or torch.compile's shell."""
+    """The user's module inside DDP or torch.compile's shell; `AdapterError` for one that FSDP shards."""
+    refuse_sharded(model, "export")
     while True:
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module

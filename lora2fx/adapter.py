@@ -8,11 +8,12 @@ from __future__ import annotations
 import copy
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
+from lora2fx.sharding import gathered
 from lora2fx.site import Site
 
 
@@ -122,8 +123,11 @@ class Adapter(nn.Module):
         return self.site.from_matrix(delta)
 
     def exact(self) -> Self:
-        """A detached float64 copy in eval mode on the same device: what folding and exporting compute with."""
-        return copy.deepcopy(self).double().requires_grad_(False).eval()
+        """A detached float64 copy in eval mode on the same device: what folding and exporting compute with.
+
+        Where the factors are sharded, they are gathered: every worker must then ask.
+        """
+        return copy.deepcopy(self, dict[int, Any](gathered(self))).double().requires_grad_(False).eval()
 
     @torch.no_grad()
     def singular_values(self) -> Tensor:

@@ -21,6 +21,7 @@ from lora2fx.passes.rewrite import child_name, plan_rewrite, rewrite_owners
 from lora2fx.passes.verify import Verification, reference_outputs, verify_rewrites
 from lora2fx.program import RECORD, TIED, Method, Program, Record, drop_attribute, keep_attribute
 from lora2fx.reports import site_entry
+from lora2fx.sharding import is_sharded
 from lora2fx.site import Site
 from lora2fx.targets import Targets, needs_roles
 
@@ -29,7 +30,12 @@ DEFAULT_TARGETS = ("query", "key", "value", "ffn")
 
 
 def refuse_adapted(model: nn.Module, asked: str) -> None:
-    """Raise `AdapterError` where the model already holds adapters."""
+    """Raise `AdapterError` where the model already holds adapters, or FSDP shards it."""
+    if is_sharded(model):
+        raise AdapterError(
+            f"{asked}: {type(model).__name__} is sharded over several processes already. Do this first and"
+            " fully_shard(model) afterwards."
+        )
     if any(isinstance(module, (Adapted, Adapter)) for module in model.modules()):
         raise AdapterError(
             f"{asked}: {type(model).__name__} already holds adapters. lora2fx.fold(model) merges them,"

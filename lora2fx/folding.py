@@ -8,18 +8,24 @@ from lora2fx.passes.fold import fold_adapters
 from lora2fx.passes.unload import unload_adapters
 from lora2fx.program import program_of
 from lora2fx.reports import Report
+from lora2fx.sharding import refuse_sharded
 
 
 def fold(model: nn.Module, strict: bool = True) -> Report:
     """Add every ΔW to its weight, in place, and give the model its own classes and keys back.
 
     ΔW and the sum are computed in float64 and rounded once to the weight's dtype. With `strict` an unfinished
-    pruning schedule is a `ScheduleError`; without, a warning. A non-finite factor or result is an `AdapterError`.
+    pruning schedule is a `ScheduleError`; without, a warning. A non-finite factor or result is an `AdapterError`, as
+    is a model that FSDP shards (the error says how it is folded).
     On any error the model is as it was.
     """
-    return fold_adapters(program_of(model, "fold"), strict=strict)
+    program = program_of(model, "fold")
+    refuse_sharded(model, "fold")
+    return fold_adapters(program, strict=strict)
 
 
 def unload(model: nn.Module) -> None:
     """Take the adapters off: the base model back, bit for bit, trained heads included."""
-    unload_adapters(program_of(model, "unload"))
+    program = program_of(model, "unload")
+    refuse_sharded(model, "unload")
+    unload_adapters(program)

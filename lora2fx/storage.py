@@ -20,12 +20,12 @@ from lora2fx.passes.entries import adapter_entry, totals
 from lora2fx.passes.merging import site_weight
 from lora2fx.program import Method, Program, Record, program_of
 from lora2fx.reports import Report
+from lora2fx.sharding import one_writer, whole
 from lora2fx.storage_files import MANIFEST, PAYLOAD, read_manifest, read_payload, seal, tensor_digest, write_files
 from lora2fx.storage_format import SCHEMA, Manifest, SavedSite, check_against_model, parse_manifest
 from lora2fx.storage_method import METHODS, decode_method, encode_method
 from lora2fx.storage_tensors import adapter_tensors, check_names, check_tensor, saved_adapter
 from lora2fx.training.progress import read_progress
-from lora2fx.training.sharding import whole
 
 M = TypeVar("M", bound=nn.Module)
 Folder = str | os.PathLike[str]
@@ -58,7 +58,8 @@ def save(model: nn.Module, folder: Folder) -> Report:
     """Write the adapters of `model`, and the modules trained whole, to `folder`: adapter.safetensors and adapter.json.
 
     Moving averages of the training stay out: a file is for using, folding and exporting an adapter; to resume a run
-    keep the model's own state_dict. Files appear whole or not at all.
+    keep the model's own state_dict. Files appear whole or not at all. Of a model that FSDP shards every process must
+    save; the first one writes, and the others wait until the files are there (their report says 0 bytes).
     Raises `AdapterError` (no adapters, a value that is not finite), `FormatError` (a method that JSON can't hold, a
     folder that is a file) and `OSError`; an earlier adapter in the folder then is as it was.
     """
@@ -77,8 +78,9 @@ def save(model: nn.Module, folder: Folder) -> Report:
         "modules_to_save": list(program.record.modules_to_save),
         "untied": list(program.record.untied),
     }
-    place = Path(folder)
-    size = write_files(place, manifest, _saved_tensors(program))
+    place, tensors = Path(folder), _saved_tensors(program)
+    with one_writer(model) as writes:
+        size = write_files(place, manifest, tensors) if writes else 0
     entries = tuple(adapter_entry(name, adapter) for name, adapter in adapters.items())
     details = {"folder": str(place), "files": [PAYLOAD, MANIFEST], "bytes": size}
     return Report(f"save {type(program.root).__name__}", entries, totals(program), program.record.verify, details)

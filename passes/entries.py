@@ -55,7 +55,7 @@ def adapter_entry(name: str, adapter: Adapter) -> dict[str, Any]:
         rank=adapter.rank(),
         adapter_parameters=count(adapter),
         importance=rank_importance(adapter),
-        **{"lambda": adapter.lambdas.detach().double().tolist()},
+        **{"lambda": adapter.exact().lambdas.tolist()},
     )
 
 

@@ -10,7 +10,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from lora2fx.training.sharding import whole
+from lora2fx.sharding import whole
 from tests.test_training_driver import Model, T, adamw, attach, batches
 
 

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 
 from lora2fx.adapter import Adapter
 from lora2fx.errors import AdapterError, ScheduleError
 
 
+def _in_deepspeed(optimizer: object) -> bool:
+    return type(optimizer).__module__.startswith("deepspeed.runtime.")
+
+
 def stepping_optimizer(optimizer: object) -> Optimizer:
     """The optimizer that steps: accelerate's fires no hooks of its own. Raises `ScheduleError` where it can't serve."""
     inner = getattr(optimizer, "optimizer", None)
-    if isinstance(inner, Optimizer):
+    if not _in_deepspeed(optimizer) and (isinstance(inner, Optimizer) or _in_deepspeed(inner)):
         return stepping_optimizer(inner)
+    if _in_deepspeed(optimizer):
+        raise ScheduleError(
+            f"{type(optimizer).__name__} is stepped inside DeepSpeed's engine on flat copies of the parameters, where"
+            " no adapter can be scored. Use torch's own fully_shard (FSDP2) or DistributedDataParallel."
+        )
     if not isinstance(optimizer, Optimizer):
         raise ScheduleError(f"attach needs a torch.optim.Optimizer; {type(optimizer).__name__} is none.")
     if isinstance(optimizer, torch.optim.LBFGS):
@@ -42,9 +53,24 @@ def refuse_uncovered(adapters: Sequence[Adapter], optimizer: Optimizer) -> None:
             f"{len(missing)} of {len(trained)} adapter parameters are not in the {type(optimizer).__name__} ({shown})."
             " Build the optimizer after transform, from every parameter that requires a gradient."
         )
-    if any(hasattr(parameter, "ds_id") for _, parameter in trained):
+
+
+def refuse_partitioned(model: nn.Module) -> None:
+    """Raise `AdapterError` where DeepSpeed ZeRO-3 or FSDP's first version holds parameters as flat parts.
+
+    Those parts have neither the factors' shapes nor, on every process, an element of each: nothing could be scored.
+    """
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "ds_id"):
+            raise AdapterError(
+                f"{name} is held in parts by DeepSpeed ZeRO-3, which can't be scored. Use torch's own fully_shard"
+                " (FSDP2), or DistributedDataParallel where the model fits on one device."
+            )
+    flat = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", None)
+    if flat is not None and any(isinstance(module, flat) for module in model.modules()):
         raise AdapterError(
-            "DeepSpeed ZeRO-3 holds these adapters in parts that can't be scored; use ZeRO-1 or -2, FSDP2 or DDP."
+            "FullyShardedDataParallel (FSDP's first version) holds the adapters as parts of flat vectors, which can't"
+            " be scored. Use torch.distributed.fsdp.fully_shard (FSDP2; fsdp_version: 2 in accelerate's config)."
         )
 
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from lora2fx.adapter import Adapter, Axis
 from lora2fx.errors import ScheduleError
+from lora2fx.sharding import like
 from lora2fx.training.importance import axis_importance, update_averages
 from lora2fx.training.schedule import CubicSchedule
-from lora2fx.training.sharding import like
 from lora2fx.training.slots import Step
 
 Score = Callable[[Sequence[Adapter], str], list[Tensor]]

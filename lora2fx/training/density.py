@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from lora2fx.adapter import Adapter
+from lora2fx.sharding import whole
 from lora2fx.training.hard_concrete import HardConcrete
 from lora2fx.training.schedule import CubicSchedule, Phases
-from lora2fx.training.sharding import whole
 from lora2fx.training.slots import Step
 
 Lagrangian = Literal["quadratic", "linear_quadratic"]

@@ -8,12 +8,16 @@ from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
+from torch.amp import GradScaler
+from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from lora2fx.adapter import Adapter
 from lora2fx.errors import AdapterError
-from lora2fx.training.acceptance import check_length, refuse_uncovered, stepping_optimizer
+from lora2fx.training.acceptance import check_length, refuse_partitioned, refuse_uncovered, stepping_optimizer
+from lora2fx.training.agreement import check_ranks
 from lora2fx.training.gradients import add_gradients, copy_gradients, loss_scale, read_step
+from lora2fx.training.overflow import count_overflows
 from lora2fx.training.progress import (
     Adapters,
     Progress,
@@ -53,10 +57,19 @@ class Attachment:
     Raises `AdapterError` (attached already, parameters the optimizer doesn't hold) and `ScheduleError` (a schedule
     that doesn't fit, another run's length, LBFGS); then nothing is attached.
 
-    `evaluate` is for methods that score on a validation batch (ALoRA): set it to a function that returns -loss.
+    `scaler` is the loop's `GradScaler`, if it has one: an unfused optimizer isn't called on overflow, and such steps
+    must be counted too. `evaluate` is for methods that score on a validation batch (ALoRA): set it to a function that
+    returns -loss. `stepped` counts how often this process' optimizer was called.
     """
 
-    def __init__(self, adapters: Adapters, training: Training, optimizer: Optimizer, total_steps: int) -> None:
+    def __init__(
+        self,
+        adapters: Adapters,
+        training: Training,
+        optimizer: Optimizer,
+        total_steps: int,
+        scaler: GradScaler | None = None,
+    ) -> None:
         self.adapters = adapter_list(adapters)
         self.training = training
         self.total_steps = total_steps
@@ -65,32 +78,39 @@ class Attachment:
         self.optimizer = stepping_optimizer(optimizer)
         check_length(total_steps)
         _refuse_attached(self.adapters)
+        for adapter in self.adapters:
+            refuse_partitioned(adapter)
         refuse_uncovered(self.adapters, self.optimizer)
-        check_total(read_progress(self.adapters), total_steps)
+        progress = read_progress(self.adapters)
+        if progress.done or progress.skipped:
+            check_total(progress, total_steps)
         for allocator in training.allocators:
             allocator.check(self.adapters, total_steps)
         self.evaluate: Callable[[], float] | None = None
+        self.stepped = 0
         self._current: Step | None = None
         self._withheld: list[tuple[Tensor, Tensor | None]] = []
         self._penalty: Tensor | None = None
-        self._attach()
+        self._attach(scaler)
 
-    def _attach(self) -> None:
+    def _attach(self, scaler: GradScaler | None) -> None:
         if self.step == 0:
             for allocator in self.training.allocators:
                 allocator.begin(self.adapters, self.total_steps)
         set_total(self.adapters, self.total_steps)
         for adapter in self.adapters:
             _ATTACHED[adapter] = ref(self)
-        self._handles = (
-            self.optimizer.register_step_pre_hook(self._before),
-            self.optimizer.register_step_post_hook(self._after),
-        )
+        self._undo = [
+            self.optimizer.register_step_pre_hook(self._before).remove,
+            self.optimizer.register_step_post_hook(self._after).remove,
+        ]
+        if scaler is not None:
+            self._undo.append(count_overflows(scaler, self))
 
     def detach(self) -> None:
         """Stop driving; the adapters keep their masks, averages and progress."""
-        for handle in self._handles:
-            handle.remove()
+        for undo in self._undo:
+            undo()
         for adapter in self.adapters:
             _ATTACHED.pop(adapter, None)
 
@@ -129,8 +149,12 @@ class Attachment:
         return sum(int((axis.mask & axis.keep).sum()) for axis in axes)
 
     def skip(self, steps: int = 1) -> None:
-        """Count steps that never came to the optimizer: a `GradScaler` doesn't call an unfused one on overflow."""
+        """Count steps that never came to the optimizer, where `scaler` was not given."""
         count(self.adapters, skipped=steps)
+
+    def check_ranks(self, group: ProcessGroup | None = None) -> None:
+        """Raise `AdapterError` where the processes' masks differ; every one of them must call it."""
+        check_ranks(self.adapters, group)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs beside the parameters, where the model's own buffers are not saved."""
@@ -191,6 +215,7 @@ class Attachment:
         self._penalty = value.detach()
 
     def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.stepped += 1
         step, self._current = self._current, None
         withheld, self._withheld = self._withheld, []
         for parameter, gradient in withheld:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lora2fx.training.sharding import whole
+from lora2fx.sharding import whole
 
 
 def loss_scale(optimizer: Optimizer) -> Tensor | None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lora2fx.adapter import Adapter
-from lora2fx.training.sharding import whole
+from lora2fx.sharding import whole
 from lora2fx.training.slots import Step
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lora2fx.adapter import Adapter
-from lora2fx.training.sharding import whole
+from lora2fx.sharding import whole
 from lora2fx.training.slots import Penalty
 
 Form = Literal["mean", "squared_sum"]

@@ -75,9 +75,14 @@ def schedule_status(adapters: Adapters, training: Training) -> str | None:
         )
     if done + skipped < total:
         missed = f", {skipped} of them skipped for a non-finite gradient" if skipped else ""
+        mend = (
+            "Train to the end, or attach with the number of steps that are really taken (pass a GradScaler as scaler=:"
+            " the steps that it passes over count too)."
+            if done + skipped
+            else "Attach to the optimizer that the loop steps, and train."
+        )
         return (
-            f"its pruning schedule ended early: {done + skipped} of {total} optimizer steps were taken{missed}."
-            " Train to the end, or attach with the number of steps that are really taken."
+            f"its pruning schedule ended early: {done + skipped} of {total} optimizer steps were taken{missed}. {mend}"
         )
     if not all(allocator.finished(done, total) for allocator in training.allocators):
         return (

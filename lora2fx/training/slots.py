@@ -22,7 +22,8 @@ class Step:
     """One real optimiser step: its index t, the run's length T, and the final gradients.
 
     Final means accumulated, reduced, unscaled and clipped. `snapshot` holds, by the parameter's id, the gradients
-    that are not what `.grad` holds. `evaluate` returns the model's -loss on the user's validation batch.
+    that are not what `.grad` holds. `evaluate` returns the model's -loss on the user's validation batch. `skipped`
+    counts the steps before this one that a non-finite gradient turned into nothing; `index` doesn't.
     """
 
     index: int
@@ -30,6 +31,12 @@ class Step:
     snapshot: Mapping[int, Tensor] = field(default_factory=dict)
     optimizer: Optimizer | None = None
     evaluate: Callable[[], float] | None = None
+    skipped: int = 0
+
+    @property
+    def last(self) -> bool:
+        """Whether the run has no step after this one."""
+        return self.index + self.skipped + 1 >= self.total
 
     def gradient(self, parameter: Tensor) -> Tensor:
         """The gradient that scores read, like the parameter; a missing one is zero."""
@@ -73,6 +80,23 @@ class Allocator(Protocol):
     def finished(self, step: int, total_steps: int) -> bool:
         """Whether nothing is left to allocate once `step` steps are done."""
 
+    def finish(self, adapters: Sequence[Adapter]) -> None:
+        """Make the last allocation take effect, wherever the run ended; twice is once."""
+
+
+@dataclass(frozen=True)
+class Groups:
+    """What a method asks of the optimizer, beside the learning rate that the user gives it.
+
+    `weight_decay` is the factors' where the user names none. Gates and singular values step at `gate_lr` times the
+    factors' learning rate, with Adam's `gate_eps` (None: the optimizer's own), and decay only where `gate_decay`.
+    """
+
+    weight_decay: float = 0.0
+    gate_lr: float = 1.0
+    gate_decay: bool = False
+    gate_eps: float | None = None
+
 
 @dataclass(frozen=True)
 class Training:
@@ -84,3 +108,4 @@ class Training:
     penalty: Penalty | None = None
     allocators: tuple[Allocator, ...] = ()
     sensitivity: Sensitivity = "total"
+    groups: Groups = Groups()
