@@ -1,4 +1,4 @@
-"""The command line: demo, inspect, fold, export. Exit code 0 done, 1 refused (one sentence says why), 2 misused."""
+"""The command line. Exit codes: 0 done, 1 refused (it says why), 2 misused, 130 interrupted."""
 
 from __future__ import annotations
 
@@ -156,6 +156,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Lora2fxError as error:
         print(f"lora2fx: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 
