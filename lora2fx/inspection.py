@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import MISSING, fields, is_dataclass
 from typing import Any
 
 from torch import nn
@@ -12,7 +13,7 @@ from lora2fx.errors import RewriteError
 from lora2fx.inputs import ExampleInputs
 from lora2fx.passes.entries import adapter_entry, totals
 from lora2fx.passes.rewrite import plan_rewrite
-from lora2fx.program import program_of
+from lora2fx.program import Method, program_of
 from lora2fx.reports import Report, site_entry
 from lora2fx.site import Site
 
@@ -44,6 +45,19 @@ def inspect_model(model: nn.Module, example_inputs: ExampleInputs | None = None)
     return Report(f"inspect {type(model).__name__}", tuple(entries), counts)
 
 
+def describe_method(method: Method) -> str:
+    """The method with the hyperparameters that aren't its defaults."""
+    if not is_dataclass(method):
+        return repr(method)
+    given = {field.name: getattr(method, field.name) for field in fields(method)}
+    usual = {
+        field.name: field.default if field.default_factory is MISSING else field.default_factory()
+        for field in fields(method)
+    }
+    changed = [f"{name}={value!r}" for name, value in given.items() if value != usual[name]]
+    return f"{type(method).__name__}({', '.join(changed)})"
+
+
 def report_model(model: nn.Module) -> Report:
     """The adapted model's sites with ranks, λ, importance and parameters, and every other weight with its reason.
 
@@ -52,7 +66,7 @@ def report_model(model: nn.Module) -> Report:
     program = program_of(model, "report")
     entries = [adapter_entry(name, adapter) for name, adapter in program.adapters.items()]
     return Report(
-        f"report {type(program.root).__name__} · {program.method}",
+        f"report {type(program.root).__name__} · {describe_method(program.method)}",
         (*entries, *program.record.skipped),
         totals(program),
         program.record.verify,

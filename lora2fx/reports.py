@@ -6,7 +6,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-_COLUMNS = ("weight", "role", "slice", "shape", "rewrite", "r", "active", "rank", "adapter_parameters", "reason")
+_COLUMNS = (
+    "weight",
+    "role",
+    "slice",
+    "shape",
+    "rewrite",
+    "r",
+    "active",
+    "kept",
+    "rank",
+    "adapter_parameters",
+    "reason",
+)
 
 
 def site_entry(weight: str, **known: Any) -> dict[str, Any]:
@@ -32,6 +44,8 @@ def site_entry(weight: str, **known: Any) -> dict[str, Any]:
 def _cell(value: Any) -> str:
     if value is None or value == []:
         return ""
+    if isinstance(value, Mapping):
+        return " ".join(f"{_cell(item)} {name}" for name, item in value.items())
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, Sequence) and not isinstance(value, str):
@@ -49,6 +63,18 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
     )
+
+
+def _row(site: Mapping[str, Any]) -> list[Any]:
+    """A site's cells; of what its axes kept, the first is `active` already."""
+    further = dict(list((site.get("kept") or {}).items())[1:])
+    return [further if key == "kept" else site.get(key) for key in _COLUMNS]
+
+
+def _is_short(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return bool(value) and all(isinstance(item, (int, float, str)) for item in value.values())
+    return value is not None and not isinstance(value, (list, tuple))
 
 
 @dataclass(frozen=True)
@@ -69,9 +95,9 @@ class Report:
     def __str__(self) -> str:
         parts = [self.title]
         if self.sites:
-            parts.append(format_table(_COLUMNS, [[site.get(key) for key in _COLUMNS] for site in self.sites]))
+            parts.append(format_table(_COLUMNS, [_row(site) for site in self.sites]))
         for name, group in (("totals", self.totals), ("verify", self.verify), ("details", self.details)):
-            known = {key: value for key, value in group.items() if not isinstance(value, (list, tuple, dict))}
+            known = {key: value for key, value in group.items() if _is_short(value)}
             if known:
                 parts.append(f"{name}: " + ", ".join(f"{key} {_cell(value)}" for key, value in known.items()))
         return "\n".join(parts)
