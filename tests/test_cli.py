@@ -285,3 +285,14 @@ def test_demo_runs_quick_and_prints_its_table(
     assert main(["demo", "--out", str(tmp_path), "--seed", "3", "--quick"]) == 1
     assert asked == {"out": tmp_path, "seed": 3, "size": QUICK}
     assert capsys.readouterr().err == "lora2fx: stopped here\n"
+
+
+def test_an_interrupt_ends_with_130_and_no_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def job(*given: object) -> dict[str, object]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lora2fx.demo.job.run_demo", job)
+    assert main(["demo", "--out", str(tmp_path)]) == 130
+    assert capsys.readouterr().err == ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -125,3 +126,32 @@ def test_constraints_pin_a_fitting_version_of_every_dependency() -> None:
 
 def fits(asked: Requirement, pinned: dict[str, str]) -> bool:
     return asked.name in pinned and asked.specifier.contains(pinned[asked.name])
+
+
+@pytest.mark.parametrize(
+    ("path", "line", "broken"),
+    [
+        ("passes/fold.py", "from lora2fx.methods.lora import LoRA", "Passes and exporters know no method BROKEN"),
+        ("lora2fx/program.py", "from lora2fx.passes.fold import fold_adapters", "Imports point downwards BROKEN"),
+        ("lora2fx/compiler.py", "import lora2fx", "use the facade BROKEN"),
+    ],
+)
+def test_an_import_against_the_rules_is_found(path: str, line: str, broken: str, tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    for folder in ("lora2fx", "passes", "exporters"):
+        shutil.copytree(ROOT / folder, tree / folder, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tree)
+    with (tree / path).open("a") as file:
+        file.write(f"\n{line}\n")
+    lint = Path(sys.executable).with_name("lint-imports")
+    done = subprocess.run([lint, "--no-logo", "--no-cache"], cwd=tree, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert broken in " ".join(done.stdout.split())
+
+
+@pytest.mark.parametrize("line", ["import passes", "from exporters.onnx import export_onnx"])
+def test_importing_a_root_folder_directly_is_found(line: str) -> None:
+    command = [Path(sys.executable).with_name("ruff"), "check", "--no-cache", "--stdin-filename", "lora2fx/x.py", "-"]
+    done = subprocess.run(command, cwd=ROOT, input=line + "\n", capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "TID251" in done.stdout
