@@ -7,6 +7,7 @@ and plain scalars (which stay attribute reads in the graph), nothing written, no
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
@@ -64,17 +65,27 @@ def _resume(profiler: Any) -> None:
         sys.setprofile(profiler)
 
 
+@contextmanager
+def _watched(watch: CodeWatch) -> Iterator[None]:
+    """The watch sees what runs inside, and no finalizer of garbage that happens to be collected then."""
+    profiler, collecting = sys.getprofile(), gc.isenabled()
+    gc.disable()
+    sys.setprofile(watch)
+    try:
+        yield
+    finally:
+        _resume(profiler)
+        if collecting:
+            gc.enable()
+
+
 def _trace_once(owner: nn.Module) -> tuple[fx.Graph, list[str]]:
     tracer, watch, reasons = _GraphTracer(), CodeWatch(), list[str]()
-    profiler = sys.getprofile()
     try:
-        with _unchanged(owner), spied(owner, tracer, reasons):
-            sys.setprofile(watch)
+        with _unchanged(owner), spied(owner, tracer, reasons), _watched(watch):
             graph = tracer.trace(owner)
     except Exception as error:
         raise UntraceableError(f"tracing stopped: {type(error).__name__}: {error}") from error
-    finally:
-        _resume(profiler)
     for node in graph.nodes:
         node.type = None  # annotations would be globals of the generated source
         if node.op == "placeholder" and not all(type(default) in PLAIN for default in node.args):

@@ -1,5 +1,6 @@
 """An owner is traced only where one trace tells every later call."""
 
+import gc
 import types
 
 import pytest
@@ -104,3 +105,28 @@ def test_packed_keywords_stay_packed():
     code = trace_owner(Packed()).python_code("self").src
     assert "**options" in code
     assert "options.get('scale', 1.0)" in code
+
+
+class Litter:
+    """Garbage that only the collector finds, whose finalizer runs code that loops."""
+
+    def __init__(self):
+        self.own, self.stream = self, (item for item in range(3))
+        next(self.stream)
+
+
+def test_finalizers_that_happen_to_run_meanwhile_are_no_part_of_the_forward():
+    owner, threshold = PlainMatmul(), gc.get_threshold()
+    try:
+        for objects in range(10, 1500, 20):
+            gc.collect()
+            gc.set_threshold(objects)
+            Litter()
+            trace_owner(owner)
+    finally:
+        gc.set_threshold(*threshold)
+
+
+class PlainMatmul(Base):
+    def forward(self, x):
+        return x @ self.w
