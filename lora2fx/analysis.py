@@ -61,7 +61,7 @@ def analyse(model: nn.Module, example_inputs: ExampleInputs | None, roles_needed
         return ModelAnalysis(sites, rest, ties=tied_weights(model))
     recording = record(model, inputs)
     found = find_sites(model, recording)
-    rest = dict(found.rest)
+    rest = {name: _rescaled(model, name) or reason for name, reason in found.rest.items()}
     reached = _reached(recording)
     recurrent = recurrent_sites(model, [weight for weight in rest if weight in reached])
     for site in recurrent:
@@ -73,6 +73,13 @@ def analyse(model: nn.Module, example_inputs: ExampleInputs | None, roles_needed
             " an activation in it. Pass example_inputs that take the path you train."
         )
     return ModelAnalysis(sites, rest, inputs, recording.outside_reads, tied_weights(model))
+
+
+def _rescaled(model: nn.Module, weight: str) -> str | None:
+    owner = model.get_submodule(weight.rpartition(".")[0])
+    if isinstance(owner, nn.Embedding | nn.EmbeddingBag) and owner.max_norm is not None:
+        return "its forward rescales the weight itself (max_norm), ΔW with it: set max_norm=None"
+    return None
 
 
 def _reached(recording: Recording) -> set[str]:

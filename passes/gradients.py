@@ -51,7 +51,8 @@ def _through_weights(program: Program, inputs: Inputs, folded: Folded) -> dict[s
 @torch.enable_grad()
 def _pulled(adapter: Adapter, gradient: Tensor) -> list[Tensor | None]:
     delta = adapter.weight_delta()
-    return list(torch.autograd.grad(delta, _trained(adapter), gradient.to(delta), allow_unused=True))
+    dense = gradient.to_dense() if gradient.layout != torch.strided else gradient
+    return list(torch.autograd.grad(delta, _trained(adapter), dense.to(delta), allow_unused=True))
 
 
 def _size(gradient: Tensor | None) -> float:

@@ -51,6 +51,11 @@ def _add_to_output(graph: fx.Graph, child: str, adapter: Adapter) -> None:
     found = site_use(graph, _parameter(child, adapter), adapter.site)
     if found is None:
         raise RewriteError(f"{adapter.site.weight} is not read by one plain matmul: it can't be rewritten here.")
+    if found.lookup and adapter.dropout is not None:
+        raise RewriteError(
+            f"{adapter.site.weight} is looked up, so that no activation passes that lora_dropout could act on. Use"
+            " lora_dropout=0, or leave the weight out with exclude=."
+        )
     matmul, users = found.node, list(found.node.users)
     function: Callable[..., Tensor] = Adapter.lookup if found.lookup else Adapter.forward
     name = "ids" if found.lookup else "x"
