@@ -1,0 +1,44 @@
+"""Hugging Face accelerate: `attach` after `accelerator.prepare`, the loop as it is."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import nn, optim
+
+from lora2fx.attachment import attach as attach_optimizer
+from lora2fx.errors import AdapterError
+from lora2fx.training.ablation import Evaluate
+from lora2fx.training.driver import Attachment
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+def attach(
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: optim.Optimizer,
+    total_steps: int,
+    evaluate: Evaluate | None = None,
+) -> Attachment:
+    """Drive the adapters of a prepared model from the prepared optimizer's real steps; see `lora2fx.attach`.
+
+    `total_steps` counts optimizer steps of one process: batches of one process divided by the accumulation steps.
+    Log with `accelerator.log(log_values(attachment), step)` (`lora2fx.training.logs`). `accelerator.save_state` and
+    `load_state` hold all that a resumed run needs. `evaluate` is ALoRA's (see `Attachment`).
+    Raises what `lora2fx.attach` raises, and `AdapterError` under DeepSpeed.
+    """
+    refuse_deepspeed(accelerator)
+    attachment = attach_optimizer(model, optimizer, total_steps, accelerator.scaler)
+    attachment.evaluate = evaluate
+    return attachment
+
+
+def refuse_deepspeed(accelerator: Accelerator) -> None:
+    """Raise `AdapterError` where DeepSpeed's engine, which no hook reaches, steps the optimizer."""
+    if accelerator.distributed_type == "DEEPSPEED":
+        raise AdapterError(
+            "accelerate was started with DeepSpeed, whose engine steps flat copies of the parameters: no adapter can be"
+            " scored there. Start it with FSDP2 (fsdp_version: 2) or plain multi-GPU."
+        )
