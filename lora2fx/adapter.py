@@ -80,6 +80,11 @@ class Adapter(nn.Module):
     def compact(self) -> None:
         """Drop pruned entries physically; ΔW stays what it is."""
 
+    def training_state(self) -> set[str]:
+        """Buffers that only training reads: moving averages, and how far the run came. A file doesn't hold them."""
+        averages = {f"{name}_{kind}" for name, _ in self.named_parameters() for kind in ("sensitivity", "uncertainty")}
+        return {"progress"} | averages
+
     def track(self, *names: str) -> None:
         """Give each named parameter the two moving averages that importance is made of."""
         for name in names:

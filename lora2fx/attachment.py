@@ -1,6 +1,8 @@
-"""`attach`: one line that drives a method's penalty, scores and masks from the optimizer's own steps."""
+"""`param_groups` and `attach`: what a method asks of the optimizer, and what drives it from the optimizer's steps."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from torch import nn, optim
 from torch.amp import GradScaler
@@ -8,6 +10,24 @@ from torch.amp import GradScaler
 from lora2fx.program import program_of
 from lora2fx.training.acceptance import refuse_partitioned
 from lora2fx.training.driver import Attachment
+from lora2fx.training.groups import parameter_groups
+
+
+def param_groups(
+    model: nn.Module, lr: float, weight_decay: float | None = None, head_lr: float | None = None
+) -> list[dict[str, Any]]:
+    """What is trained in `model` as groups for the optimizer: `torch.optim.AdamW(lora2fx.param_groups(model, 1e-3))`.
+
+    `factors` get `lr` and `weight_decay`, by default the method's (SoRA: 0.1, others 0). `gates` (λ, SoRA's g,
+    SaLoRA's θ) get no decay, and the learning rate and eps that the method states. `heads` are the modules trained
+    whole (`modules_to_save`), with `head_lr`, by default `lr`; their biases, and those of whatever else is trained
+    (`others`), don't decay.
+    Raises `AdapterError` where the model was not transformed.
+    """
+    program = program_of(model, "param_groups")
+    saved = [program.root.get_submodule(path) for path in program.record.modules_to_save]
+    heads = {parameter for module in saved for parameter in module.parameters()}
+    return parameter_groups(model, lr, weight_decay, program.method.training().groups, heads, head_lr)
 
 
 def attach(

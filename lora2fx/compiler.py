@@ -14,6 +14,7 @@ from lora2fx.analysis import ModelAnalysis, analyse
 from lora2fx.errors import AdapterError, RewriteError, VerifyError
 from lora2fx.heads import saved_modules
 from lora2fx.inputs import ExampleInputs
+from lora2fx.methods.hyperparameters import refuse_unmatched
 from lora2fx.methods.lora2 import LoRA2
 from lora2fx.passes.install import Adapted, restore_owners
 from lora2fx.passes.match import coverage, match_sites
@@ -211,6 +212,7 @@ def transform(
     torch's global generator. Adapters are float32, or float64 on a float64 weight.
 
     Raises `TargetError` (a target matches nothing), `InputsError` (the model must be run and nothing says how),
+    `MethodError` (a `rank_pattern` names no adapted weight),
     `RewriteError` (a matched weight is tied, parametrized, ...), `VerifyError` (a rewrite does not compute W + ΔW),
     `AdapterError` (adapted already). On any error the model is as it was.
     """
@@ -220,6 +222,7 @@ def transform(
     saved = saved_modules(model, modules_to_save)
     free = tuple(site for site in found.sites if not any(site.weight.startswith(path + ".") for path in saved))
     sites = match_sites(free, targets, exclude, found.rest)
+    refuse_unmatched(getattr(method, "rank_pattern", {}), sites)
     trainable = frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad)
     check = verify and found.inputs is not None
     with all_or_nothing(model):

@@ -17,16 +17,11 @@ SPARE = 2**20
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def _left_out(adapter: Adapter) -> set[str]:
-    """What is not in the file: the averages (training state), and the progress, which adapter.json tells."""
-    parameters = dict(adapter.named_parameters())
-    return {"progress"} | {f"{name}_{kind}" for name in parameters for kind in ("sensitivity", "uncertainty")}
-
-
 def adapter_tensors(adapter: Adapter) -> dict[str, Tensor]:
-    """The parameters and persistent buffers to save, by name."""
+    """The parameters and persistent buffers to save, by name; what only training reads stays out."""
     state: dict[str, Tensor] = adapter.state_dict(keep_vars=True)
-    return {name: value for name, value in state.items() if name not in _left_out(adapter)}
+    left_out = adapter.training_state()
+    return {name: value for name, value in state.items() if name not in left_out}
 
 
 def blueprint(method: Method, site: Site) -> Adapter:

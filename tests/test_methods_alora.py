@@ -118,7 +118,9 @@ def test_where_every_module_lost_a_rank_the_total_shrinks():
 
 def test_harmless_drops_only_what_costs_nothing():
     worth = [[0.0, 2.0, 0.0, 0.0], [5.0, 5.0, 0.0, 0.0], [9.0, 9.0, 0.0, 0.0]]
-    adapters, optimizer, _ = driven(ALoRA(r=2, n_prune=3, cycles=1, tinit=1, harmless=0.5), worth=worth)
+    adapters, optimizer, _ = driven(
+        ALoRA(r=2, n_prune=3, cycles=1, tinit=1, only_harmless=True, harmless_tol=0.5), worth=worth
+    )
     step(adapters, optimizer)
     assert [int(a.mask.sum()) for a in adapters] == [1, 2, 3]
 
@@ -126,7 +128,7 @@ def test_harmless_drops_only_what_costs_nothing():
 def test_default_counts():
     method = ALoRA(r=8, cycles=8)
     allocator = method.training().allocators[0]
-    assert allocator._steps(400) == [40 + 10 * i for i in range(8)]
+    assert [allocator._step_of(i, 400) for i in range(8)] == [40 + 10 * i for i in range(8)]
     adapters, optimizer, _ = driven(
         ALoRA(r=4, cycles=1, tinit=1), worth=[[float(i * 8 + j) for j in range(8)] for i in range(3)]
     )
@@ -173,7 +175,7 @@ def test_fresh_ranks_are_drawn_from_the_methods_own_seed():
         ({"n_prune": 0}, "n_prune=0"),
         ({"tinit": 0}, "tinit=0"),
         ({"deltaT": 0}, "deltaT=0"),
-        ({"harmless": float("nan")}, "harmless=nan"),
+        ({"harmless_tol": float("nan")}, "harmless_tol=nan"),
         ({"lora_alpha": 0}, "lora_alpha=0"),
         ({"growth_seed": -1}, "growth_seed=-1"),
     ],

@@ -52,7 +52,7 @@ def test_the_threshold_follows_the_gates_own_learning_rate(mode, xi):
 def test_the_last_step_fixes_what_is_left():
     method = SoRA(r=4, xi=0.1, xi_mode="absolute")
     adapter = fill(method.adapter(SITE).double(), g=torch.tensor([0.05, 0.15, -0.25, 1.0]))
-    groups = parameter_groups(torch.nn.ModuleList([adapter]), weight_decay=0.1)
+    groups = parameter_groups(torch.nn.ModuleList([adapter]), 0.5, weight_decay=0.1)
     optimizer, attachment = attached(method, [adapter], groups, 2)
     for done, kept in ((1, [False, True, True, True]), (2, [False, False, True, True])):
         adapter.g.grad = torch.zeros_like(adapter.g)
@@ -68,7 +68,7 @@ def test_the_last_step_fixes_what_is_left():
 def test_a_rank_of_a_stack_is_kept_where_any_matrix_keeps_it():
     method = SoRA(r=2, xi=0.1, xi_mode="absolute")
     adapter = fill(method.adapter(STACK).double(), g=torch.tensor([[0.0, 0.05], [1.0, 0.02], [0.0, -0.01]]))
-    optimizer, _ = attached(method, [adapter], parameter_groups(torch.nn.ModuleList([adapter]), 0.1), 1)
+    optimizer, _ = attached(method, [adapter], parameter_groups(torch.nn.ModuleList([adapter]), 0.5, 0.1), 1)
     adapter.g.grad = torch.zeros_like(adapter.g)
     optimizer.step()
     assert adapter.mask.tolist() == [True, False]

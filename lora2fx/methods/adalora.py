@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
 
 from torch import Tensor, nn
 
@@ -11,6 +12,7 @@ from lora2fx.adapter import Axis
 from lora2fx.methods.hyperparameters import (
     check_choice,
     check_factorisation,
+    check_local,
     check_number,
     check_schedule,
     check_target,
@@ -19,10 +21,10 @@ from lora2fx.methods.hyperparameters import (
 from lora2fx.methods.initial import constant, gaussian
 from lora2fx.methods.two_factors import FACTORS, TwoFactorAdapter, mean_over_stack
 from lora2fx.site import Site
-from lora2fx.training.allocator import TIMINGS, BudgetAllocator, ScoreTiming
+from lora2fx.training.allocator import SCOPES, TIMINGS, BudgetAllocator, Scope, ScoreTiming
 from lora2fx.training.penalty import FORMS, Form, Orthogonality, deviation
 from lora2fx.training.schedule import CubicSchedule
-from lora2fx.training.slots import SENSITIVITIES, Sensitivity, Training
+from lora2fx.training.slots import SENSITIVITIES, Groups, Sensitivity, Training
 
 SCORED = (("lam", -1), *FACTORS)
 
@@ -60,7 +62,9 @@ class AdaLoRA:
 
     `target_r=None` prunes nothing. A pruned singular value may grow back until the final phase. `tinit`, `tfinal`,
     `deltaT`: see `CubicSchedule`. `orth_reg_weight` weighs the orthogonality of A and B, as the code's `mean` of
-    norms or the paper's `squared_sum`. Parity with the published code: `scale_eps=1e-5, force_final_mask=False`.
+    norms or the paper's `squared_sum`. `budget_scope="local"` keeps `target_r` in every site. `reset_moments_on_mask`
+    clears the optimizer's moments of a λ that is pruned, which else carry it on; `wd_on_lambda` has
+    `lora2fx.param_groups` decay λ too. Parity with the published code: `AdaLoRA.paper()`.
 
     Raises `MethodError` for hyperparameters that can't work.
     """
@@ -81,6 +85,9 @@ class AdaLoRA:
     score_timing: ScoreTiming = "post_step"
     sensitivity: Sensitivity = "total"
     force_final_mask: bool = True
+    budget_scope: Scope = "global"
+    reset_moments_on_mask: bool = False
+    wd_on_lambda: bool = False
 
     def __post_init__(self) -> None:
         check_factorisation(self.r, self.lora_alpha, self.lora_dropout, self.rank_pattern)
@@ -91,6 +98,13 @@ class AdaLoRA:
         check_choice("orth_form", self.orth_form, FORMS)
         check_choice("score_timing", self.score_timing, TIMINGS)
         check_choice("sensitivity", self.sensitivity, SENSITIVITIES)
+        check_choice("budget_scope", self.budget_scope, SCOPES)
+        check_local("target_r", self.target_r, self.budget_scope)
+
+    @classmethod
+    def paper(cls, **overrides: Any) -> Self:
+        """The published code's settings: a scale of alpha / (r + 1e-5), no forced mask, λ decayed; `overrides` win."""
+        return replace(cls(scale_eps=1e-5, force_final_mask=False, wd_on_lambda=True), **overrides)
 
     def adapter(self, site: Site) -> AdaLoRAAdapter:
         """A fresh adapter, ΔW = 0, A and B N(0, 0.02²) as in the code."""
@@ -104,21 +118,22 @@ class AdaLoRA:
     def training(self) -> Training:
         """The orthogonality penalty and the budget."""
         penalty = Orthogonality(self.orth_reg_weight, ("A", "B"), adalora_deviations, 2, self.orth_form)
-        return Training(penalty if self.orth_reg_weight else None, self._budgets(), self.sensitivity)
+        groups = Groups(gate_decay=self.wd_on_lambda)
+        return Training(penalty if self.orth_reg_weight else None, self._budgets(), self.sensitivity, groups)
 
     def _budgets(self) -> tuple[BudgetAllocator, ...]:
         if self.target_r is None:
             return ()
         schedule = CubicSchedule(self.tinit, self.tfinal, self.deltaT, self.force_final_mask)
-        tracked = ("A", "lam", "B")
-        return (
-            BudgetAllocator(
-                "lambda",
-                self.target_r,
-                schedule,
-                tracked,
-                beta1=self.beta1,
-                beta2=self.beta2,
-                score_timing=self.score_timing,
-            ),
+        budget = BudgetAllocator(
+            "lambda",
+            self.target_r,
+            schedule,
+            ("A", "lam", "B"),
+            beta1=self.beta1,
+            beta2=self.beta2,
+            score_timing=self.score_timing,
+            scope=self.budget_scope,
+            reset_moments=self.reset_moments_on_mask,
         )
+        return (budget,)

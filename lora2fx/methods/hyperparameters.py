@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
 from lora2fx.errors import MethodError
@@ -59,6 +60,15 @@ def check_target(name: str, target: float | None, axis: str, most: int) -> None:
         raise MethodError(f"{name}={target:g} is more than {axis}={most}, but a budget only falls. Raise {axis}.")
 
 
+def check_local(name: str, target: float | None, scope: str) -> None:
+    """Raise `MethodError` where every site would have to keep a fraction of an entry."""
+    if scope == "local" and target is not None and target != int(target):
+        raise MethodError(
+            f"budget_scope='local' keeps {name} entries in every site, but {name}={target:g} is no whole number. Round"
+            " it, or let the sites share the budget (budget_scope='global')."
+        )
+
+
 def names_site(pattern: str, site: Site) -> bool:
     """Whether a pattern means the site: its module or weight by full name, dotted suffix or glob, or its role."""
     names = (site.weight, site.owner)
@@ -75,3 +85,16 @@ def rank_of(site: Site, rank: int, pattern: Mapping[str, int]) -> int:
     if len(set(found.values())) > 1:
         raise MethodError(f"rank_pattern gives {site.weight} several ranks ({found}). Make the names more specific.")
     return next(iter(found.values()), rank)
+
+
+def refuse_unmatched(pattern: Mapping[str, int], sites: Sequence[Site]) -> None:
+    """Raise `MethodError`, naming near misses, where a key of a `rank_pattern` means none of the adapted sites."""
+    for key in pattern:
+        if any(names_site(key, site) for site in sites):
+            continue
+        names = list(dict.fromkeys(name for site in sites for name in (site.owner, f"role:{site.role}") if name))
+        near = get_close_matches(key, names, n=3) or names[:5]
+        raise MethodError(
+            f"rank_pattern[{key!r}] names none of the {len(sites)} adapted weights. Close to it are"
+            f" {', '.join(near)}. A key is a module or weight by full name, dotted suffix or glob, or role:<role>."
+        )

@@ -15,6 +15,7 @@ from lora2fx.methods.hyperparameters import (
     check_choice,
     check_count,
     check_factorisation,
+    check_local,
     check_number,
     check_schedule,
     check_target,
@@ -23,11 +24,11 @@ from lora2fx.methods.hyperparameters import (
 from lora2fx.methods.lora2_factors import INITS, ZERO_OUT, Init, LoRA2Adapter
 from lora2fx.methods.lora2_penalty import PLANES, lora2_penalty
 from lora2fx.site import Site
-from lora2fx.training.allocator import TIMINGS, BudgetAllocator, Score, ScoreTiming
+from lora2fx.training.allocator import SCOPES, TIMINGS, BudgetAllocator, Scope, Score, ScoreTiming
 from lora2fx.training.importance import axis_importance, axis_total
 from lora2fx.training.penalty import FORMS, Form
 from lora2fx.training.schedule import CubicSchedule
-from lora2fx.training.slots import SENSITIVITIES, Sensitivity, Training
+from lora2fx.training.slots import SENSITIVITIES, Groups, Sensitivity, Training
 
 INNER = ("v", "lam", "U")
 OUTER = ("u", "V")
@@ -54,7 +55,9 @@ class LoRA2:
 
     `orth_reg_weight` weighs the six orthogonality terms of eq. (5); `orth_form` is the code's `mean` of norms or
     the paper's `squared_sum`; `orth_planes` chooses among R(u, v), R(U, V) and R(P, Q). `sensitivity` scores the
-    total gradient, as published, or the task's. `scorer="eq8"` is there for comparison only.
+    total gradient, as published, or the task's. `scorer="eq8"` is there for comparison only. `budget_scope="local"`
+    keeps the targets in every site. `reset_moments_on_mask` clears the optimizer's moments of a λ that is pruned,
+    which else carry it on; `wd_on_lambda` has `lora2fx.param_groups` decay λ too.
 
     Raises `MethodError` for hyperparameters that can't work.
     """
@@ -80,6 +83,9 @@ class LoRA2:
     sensitivity: Sensitivity = "total"
     scorer: Literal["eq9", "eq8"] = "eq9"
     force_final_mask: bool = True
+    budget_scope: Scope = "global"
+    reset_moments_on_mask: bool = False
+    wd_on_lambda: bool = False
 
     def __post_init__(self) -> None:
         check_factorisation(self.r, self.lora_alpha, self.lora_dropout, self.rank_pattern)
@@ -94,6 +100,9 @@ class LoRA2:
         check_choice("score_timing", self.score_timing, TIMINGS)
         check_choice("sensitivity", self.sensitivity, SENSITIVITIES)
         check_choice("scorer", self.scorer, ("eq9", "eq8"))
+        check_choice("budget_scope", self.budget_scope, SCOPES)
+        check_local("target_r", self.target_r, self.budget_scope)
+        check_local("target_k", self.target_k, self.budget_scope)
         for plane in self.orth_planes:
             check_choice("orth_planes", plane, PLANES)
         self._check_together()
@@ -117,11 +126,13 @@ class LoRA2:
 
     @classmethod
     def paper(cls, **overrides: Any) -> Self:
-        """The published settings: gaussian factors, a scale of alpha / (r + 1e-5), no forced mask; `overrides` win.
+        """The published settings, `overrides` apart: gaussian factors, scale alpha / (r + 1e-5), no forced mask.
 
-        The code fixes k = 8; the scripts train r = 8 (CoLA, RTE, STS-B: 4), alpha 16 or 32, to target_r 1 to 3.
+        The code fixes k = 8; the scripts train r = 8 (CoLA, RTE, STS-B: 4), alpha 16 or 32, to target_r 1 to 3, and
+        decay λ like the factors.
         """
-        return replace(cls(init="gaussian", scale_eps=1e-5, force_final_mask=False), **overrides)
+        published = cls(init="gaussian", scale_eps=1e-5, force_final_mask=False, wd_on_lambda=True)
+        return replace(published, **overrides)
 
     def adapter(self, site: Site) -> LoRA2Adapter:
         """A fresh adapter, ΔW = 0, with averages for what its budgets score."""
@@ -135,9 +146,9 @@ class LoRA2:
         """The orthogonality penalty and the budgets that were asked for."""
         factors = ("u", "v", "U") if self.init in ZERO_OUT else ("u", "v", "U", "V")
         penalty = lora2_penalty(self.orth_reg_weight, factors, self.orth_planes, self.orth_form)
-        return Training(
-            penalty if self.orth_reg_weight and self.orth_planes else None, self._budgets(), self.sensitivity
-        )
+        groups = Groups(gate_decay=self.wd_on_lambda)
+        used = penalty if self.orth_reg_weight and self.orth_planes else None
+        return Training(used, self._budgets(), self.sensitivity, groups)
 
     def _budgets(self) -> tuple[BudgetAllocator, ...]:
         budgets = []
@@ -151,4 +162,15 @@ class LoRA2:
 
     def _budget(self, axis: str, target: float, tracked: tuple[str, ...], score: Score) -> BudgetAllocator:
         schedule = CubicSchedule(self.tinit, self.tfinal, self.deltaT, self.force_final_mask)
-        return BudgetAllocator(axis, target, schedule, tracked, score, self.beta1, self.beta2, self.score_timing)
+        return BudgetAllocator(
+            axis,
+            target,
+            schedule,
+            tracked,
+            score,
+            self.beta1,
+            self.beta2,
+            self.score_timing,
+            self.budget_scope,
+            self.reset_moments_on_mask,
+        )

@@ -21,11 +21,11 @@ from lora2fx.methods.hyperparameters import (
 from lora2fx.methods.initial import constant, gaussian, kaiming
 from lora2fx.methods.salora_factors import SaLoRAAdapter
 from lora2fx.site import Site
-from lora2fx.training.density import LAGRANGIANS, DensityPenalty, DensityWindow, Lagrangian
+from lora2fx.training.density import LAGRANGIANS, DensityPenalty, DensityTarget, DensityWindow, Lagrangian
 from lora2fx.training.hard_concrete import HardConcrete
 from lora2fx.training.penalty import Orthogonality, PenaltySum, deviation
 from lora2fx.training.schedule import CubicSchedule
-from lora2fx.training.slots import Training
+from lora2fx.training.slots import Groups, Training
 
 OrthForm = Literal["squared_sum", "cosine"]
 ORTH_FORMS = ("squared_sum", "cosine")
@@ -47,16 +47,18 @@ class SaLoRA:
     """SaLoRA from rank `r` to a pooled density of `target_density` of the factors' entries, softly enforced.
 
     Gates move from step `tinit` on and are fixed `tfinal` steps before the end (see `CubicSchedule`; T_start and
-    T_end of the paper); give them about three times the factors' learning rate and no weight decay
-    (`lora2fx.training.groups.parameter_groups`). `lora_alpha=None` is the paper's scale of 1, else lora_alpha / r.
-    `orth_reg_weight` is small, since orthonormal factors with gates below 1 fix ‖ΔW‖; `orth_form="cosine"` leaves
-    lengths alone. `lagrangian="linear_quadratic"` meets the target more tightly.
+    T_end of the paper); `lora2fx.param_groups` gives them `gate_lr` times the factors' learning rate and no weight
+    decay. `density_warmup` lowers the target from 1 over so many steps. `lora_alpha=None` is the paper's scale of 1,
+    else lora_alpha / r. `orth_reg_weight` is small, since orthonormal factors with gates below 1 fix ‖ΔW‖;
+    `orth_form="cosine"` leaves lengths alone. `lagrangian="linear_quadratic"` meets the target more tightly. `gamma`,
+    `zeta`, `tau` and `log_theta` are the gates' stretch, temperature and logit at the start.
 
     Raises `MethodError` for hyperparameters that can't work.
     """
 
     r: int = 8
     target_density: float = 0.5
+    density_warmup: int = 0
     lora_alpha: float | None = None
     tinit: int | None = None
     tfinal: int | None = None
@@ -64,6 +66,7 @@ class SaLoRA:
     orth_form: OrthForm = "squared_sum"
     lagrangian: Lagrangian = "quadratic"
     multiplier_lr: float = 0.3
+    gate_lr: float = 3.0
     log_theta: float = 2.0
     tau: float = 2 / 3
     gamma: float = -0.1
@@ -77,6 +80,8 @@ class SaLoRA:
         check_number("target_density", self.target_density, 0, 1, closed=False)
         check_number("orth_reg_weight", self.orth_reg_weight, 0)
         check_number("multiplier_lr", self.multiplier_lr, 0, closed=False)
+        check_number("gate_lr", self.gate_lr, 0, closed=False)
+        check_count("density_warmup", self.density_warmup, least=0)
         check_number("tau", self.tau, 0, closed=False)
         check_number("-gamma", -self.gamma, 0, closed=False)
         check_number("zeta", self.zeta, 1, closed=False)
@@ -97,18 +102,13 @@ class SaLoRA:
 
     def training(self) -> Training:
         """Orthogonality, the Lagrangian, and the window in which gates move."""
-        density = DensityPenalty(self.target_density, self._gates(), self.lagrangian)
+        target = DensityTarget(self.target_density, CubicSchedule(self.tinit, self.tfinal), self.density_warmup)
+        density = DensityPenalty(target, self._gates(), self.lagrangian)
         deviations = adalora_deviations if self.orth_form == "squared_sum" else cosine_deviations
         orthogonality = Orthogonality(self.orth_reg_weight, ("A", "B"), deviations, 2, "squared_sum")
-        window = DensityWindow(
-            self.target_density,
-            self._gates(),
-            self.lagrangian,
-            CubicSchedule(self.tinit, self.tfinal),
-            self.multiplier_lr,
-            self.noise_seed,
-        )
-        return Training(PenaltySum((orthogonality, density)), (window,))
+        window = DensityWindow(target, self._gates(), self.lagrangian, self.multiplier_lr, self.noise_seed)
+        penalty = PenaltySum((orthogonality, density) if self.orth_reg_weight else (density,))
+        return Training(penalty, (window,), groups=Groups(gate_lr=self.gate_lr))
 
     def _gates(self) -> HardConcrete:
         return HardConcrete(self.tau, self.gamma, self.zeta)

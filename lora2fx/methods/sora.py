@@ -15,7 +15,7 @@ from lora2fx.methods.initial import constant, gaussian, kaiming
 from lora2fx.methods.two_factors import FACTORS, TwoFactorAdapter, mean_over_stack
 from lora2fx.site import Site
 from lora2fx.training.proximal import XI_MODES, SoftThreshold, XiMode
-from lora2fx.training.slots import Training
+from lora2fx.training.slots import Groups, Training
 
 
 class SoRAAdapter(TwoFactorAdapter):
@@ -59,8 +59,9 @@ class SoRA:
 
     `xi` is the threshold of every step, by default a fraction of the gates' learning rate (eq. 10; the published
     settings come to 0.375), or as it is (`xi_mode="absolute"`). Several values sparsify in rounds: the first for
-    `first_share` of the run. `l1_coef` is the code's extra term. Weight decay on A and B (0.1) is part of the
-    method: without it they grow as the gates shrink.
+    `first_share` of the run. `l1_coef` is the code's extra term. `weight_decay` of A and B is part of the method:
+    without it they grow as the gates shrink. `gate_lr`, times the factors' learning rate, and Adam's `gate_eps` are
+    the gates'. `lora2fx.param_groups` hands these three to the optimizer.
 
     Raises `MethodError` for hyperparameters that can't work.
     """
@@ -72,6 +73,9 @@ class SoRA:
     xi_mode: XiMode = "lr"
     first_share: float = 0.5
     l1_coef: float = 0.0
+    weight_decay: float = 0.1
+    gate_lr: float = 1.0
+    gate_eps: float = 1e-6
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -79,6 +83,9 @@ class SoRA:
         check_choice("xi_mode", self.xi_mode, XI_MODES)
         check_number("first_share", self.first_share, 0, 1)
         check_number("l1_coef", self.l1_coef, 0)
+        check_number("weight_decay", self.weight_decay, 0)
+        check_number("gate_lr", self.gate_lr, 0, closed=False)
+        check_number("gate_eps", self.gate_eps, 0, closed=False)
         if not self._thresholds():
             raise MethodError("xi=(): pass a threshold, or several that rise.")
         for value in self._thresholds():
@@ -96,7 +103,8 @@ class SoRA:
     def training(self) -> Training:
         """The proximal step, and the ℓ1 term where it was asked for."""
         threshold = SoftThreshold("gate", self._thresholds(), self.xi_mode, self.first_share)
-        return Training(GateL1(self.l1_coef) if self.l1_coef else None, (threshold,))
+        groups = Groups(self.weight_decay, self.gate_lr, gate_eps=self.gate_eps)
+        return Training(GateL1(self.l1_coef) if self.l1_coef else None, (threshold,), groups=groups)
 
     def _thresholds(self) -> tuple[float, ...]:
         return tuple(self.xi) if isinstance(self.xi, Sequence) else (self.xi,)

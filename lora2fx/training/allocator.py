@@ -8,17 +8,21 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from lora2fx.adapter import Adapter, Axis
 from lora2fx.errors import ScheduleError
 from lora2fx.sharding import like
 from lora2fx.training.importance import axis_importance, update_averages
+from lora2fx.training.moments import clear_moments
 from lora2fx.training.schedule import CubicSchedule
 from lora2fx.training.slots import Step
 
 Score = Callable[[Sequence[Adapter], str], list[Tensor]]
 ScoreTiming = Literal["post_step", "pre_step"]
 TIMINGS = ("post_step", "pre_step")
+Scope = Literal["global", "local"]
+SCOPES = ("global", "local")
 
 
 def keep_highest(scores: Sequence[Tensor], budget: int) -> list[Tensor]:
@@ -51,10 +55,12 @@ def write_allocation(axis: Axis, keep: Tensor, final: bool) -> None:
 
 @dataclass(frozen=True)
 class BudgetAllocator:
-    """Keep `target` entries of the axis in an adapter on average, over all adapters together.
+    """Keep `target` entries of the axis in an adapter: on average, over all adapters together, or in each (`local`).
 
     `tracked` are the parameters whose moving averages `score` reads. Scores move until the final phase, after the
-    optimiser's step with that step's gradient (`post_step`, the published order) or before it (`pre_step`).
+    optimiser's step with that step's gradient (`post_step`, the published order) or before it (`pre_step`). With
+    `reset_moments` a zeroed value starts again without the optimizer's moments, which else carry it on. A local
+    target above what an adapter holds keeps all of that.
     """
 
     axis: str
@@ -65,12 +71,14 @@ class BudgetAllocator:
     beta1: float = 0.85
     beta2: float = 0.85
     score_timing: ScoreTiming = "post_step"
+    scope: Scope = "global"
+    reset_moments: bool = False
 
     def check(self, adapters: Sequence[Adapter], total_steps: int) -> None:
         """Raise `ScheduleError` where the run is too short or the target above what there is."""
         self.schedule.phases(total_steps)
         start, target = self._ends(adapters)
-        if target > start:
+        if target > start and self.scope == "global":
             raise ScheduleError(
                 f"the budget of axis {self.axis!r} is {self.target:g} entries in each of {len(adapters)} adapters,"
                 f" {target} in all, but they hold only {start}. Lower the target or start from more entries."
@@ -90,31 +98,47 @@ class BudgetAllocator:
             self._score(adapters, step)
         phases = self.schedule.phases(step.total)
         if phases.is_event(step.index):
-            self._allocate(adapters, phases.budget(step.index, *self._ends(adapters)), phases.is_final(step.index))
+            final = phases.is_final(step.index)
+            for pool in self._pools(adapters):
+                self._allocate(pool, phases.budget(step.index, *self._ends(pool)), final, step.optimizer)
 
     def budgets(self, adapters: Sequence[Adapter], step: int, total_steps: int) -> dict[str, int]:
         """The axis' budget at a step."""
-        return {self.axis: self.schedule.phases(total_steps).budget(step, *self._ends(adapters))}
+        phases = self.schedule.phases(total_steps)
+        return {self.axis: sum(phases.budget(step, *self._ends(pool)) for pool in self._pools(adapters))}
 
     def finished(self, step: int, total_steps: int) -> bool:
         """Whether the last allocation was written."""
         phases = self.schedule.phases(total_steps)
         return any(phases.is_event(t) for t in range(phases.final, min(step, phases.final + 2)))
 
-    def _ends(self, adapters: Sequence[Adapter]) -> tuple[int, int]:
-        start = sum(adapter.axes()[self.axis].mask.numel() for adapter in adapters)
-        return start, round(self.target * len(adapters))
+    def finish(self, adapters: Sequence[Adapter]) -> None:
+        """The last allocation, for good: what may have grown back since is 0 again."""
+        for adapter in adapters:
+            axis = adapter.axes()[self.axis]
+            write_allocation(axis, axis.keep, final=True)
+
+    def _pools(self, adapters: Sequence[Adapter]) -> list[Sequence[Adapter]]:
+        """The adapters that share a budget."""
+        return [adapters] if self.scope == "global" else [[adapter] for adapter in adapters]
+
+    def _ends(self, pool: Sequence[Adapter]) -> tuple[int, int]:
+        start = sum(adapter.axes()[self.axis].mask.numel() for adapter in pool)
+        target = round(self.target * len(pool))
+        return start, target if self.scope == "global" else min(target, start)
 
     def _score(self, adapters: Sequence[Adapter], step: Step) -> None:
         if self.schedule.phases(step.total).is_scored(step.index):
             update_averages(adapters, self.tracked, step, self.beta1, self.beta2)
 
-    def _allocate(self, adapters: Sequence[Adapter], budget: int, final: bool) -> None:
-        axes = [adapter.axes()[self.axis] for adapter in adapters]
+    def _allocate(self, pool: Sequence[Adapter], budget: int, final: bool, optimizer: Optimizer | None = None) -> None:
+        axes = [adapter.axes()[self.axis] for adapter in pool]
         scores = [
             # What the forward masks can't earn importance any more: it must not take a living entry's place.
             score.masked_fill(~axis.mask, -torch.inf)
-            for score, axis in zip(self.score(adapters, self.axis), axes, strict=True)
+            for score, axis in zip(self.score(pool, self.axis), axes, strict=True)
         ]
         for axis, keep in zip(axes, keep_highest(scores, budget), strict=True):
             write_allocation(axis, keep, final)
+            if self.reset_moments and axis.value is not None:
+                clear_moments(optimizer, axis.value, -1, keep)

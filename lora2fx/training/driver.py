@@ -195,7 +195,7 @@ class Attachment:
         self._penalise(trained)
         if task is None:
             task = {} if loss_scale(self.optimizer) is None else copy_gradients(trained, self.optimizer)
-        self._current = Step(progress[0], self.total_steps, task, self.optimizer, self.evaluate)
+        self._current = Step(progress[0], self.total_steps, task, self.optimizer, self.evaluate, progress[2])
         for allocator in self.training.allocators:
             allocator.before_step(self.adapters, self._current)
 

@@ -48,8 +48,8 @@ class SoftThreshold:
             step.group(parameter)["weight_decay"] for parameter in _factors(adapters[0], self.axis)
         ):
             warn(
-                "SoRA without weight decay on the factors hardly prunes: they grow as the gates shrink. Give them"
-                " weight_decay=0.1 (lora2fx.training.groups.parameter_groups does, and spares the gates).",
+                "SoRA without weight decay on the factors hardly prunes: they grow as the gates shrink."
+                " torch.optim.AdamW(lora2fx.param_groups(model, lr)) decays them by 0.1, and spares the gates.",
                 Lora2fxWarning,
                 stacklevel=2,
             )
@@ -64,7 +64,7 @@ class SoftThreshold:
             axis.value.copy_(soft_threshold(axis.value, self.threshold(step.index, step.total) * scale))
             left = axis.value != 0
             axis.keep.copy_(left if left.dim() == 1 else left.any(0))
-            if step.index + 1 >= step.total:
+            if step.last:
                 axis.mask.copy_(axis.keep)
 
     def threshold(self, step: int, total_steps: int) -> float:
@@ -80,8 +80,15 @@ class SoftThreshold:
         return {}
 
     def finished(self, step: int, total_steps: int) -> bool:
-        """Whether the run's last threshold was applied."""
-        return step >= total_steps
+        """Always: every step is thresholded, and what the last one left is what there is."""
+        return True
+
+    @torch.no_grad()
+    def finish(self, adapters: Sequence[Adapter]) -> None:
+        """What is 0 stays 0."""
+        for adapter in adapters:
+            axis = adapter.axes()[self.axis]
+            axis.mask.copy_(axis.keep)
 
 
 def _factors(adapter: Adapter, axis: str) -> list[Tensor]:
