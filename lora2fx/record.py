@@ -15,6 +15,7 @@ from lora2fx.dataflow.preserve import fastpath, preserved, set_training
 from lora2fx.dataflow.readers import Readers, spied
 from lora2fx.dataflow.recorder import Recorder
 from lora2fx.dataflow.recording import Recording
+from lora2fx.dataflow.subclasses import subclass_calls
 from lora2fx.errors import InputsError
 from lora2fx.inputs import Inputs
 
@@ -75,7 +76,8 @@ def record(model: nn.Module, inputs: Inputs) -> Recording:
             _copied(inputs).call(model)
         given = _copied(inputs)
         with fastpath(False), spied(model, readers) as plain, Recorder(model, _tensors(given), readers) as recorder:
-            given.call(model)
+            with subclass_calls(model, recorder):
+                given.call(model)
     # a read that both runs make is seen by the recorder if anything is computed from it; most only ask for a dtype
     outside = recorder.outside | {name for name, *_ in fused - plain}
     return Recording(

@@ -37,6 +37,8 @@ def _through_adapters(program: Program, inputs: Inputs) -> dict[str, list[Tensor
 
 def _through_weights(program: Program, inputs: Inputs, folded: Folded) -> dict[str, list[Tensor | None]]:
     """∂L/∂W of the folded copy, pulled back through ΔW to each adapter's parameters."""
+    if not folded.weights:
+        return {}
     for weight in folded.weights.values():
         weight.requires_grad_(True)
     with running(folded.model, EVAL_GRAD):

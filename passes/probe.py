@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lora2fx.adapter import Adapter
+from lora2fx.passes.merging import is_foldable
 from lora2fx.passes.outputs import scale
 from lora2fx.passes.state import preserved_values
 
@@ -44,7 +45,7 @@ def randomise(adapter: Adapter, weight: Tensor, generator: torch.Generator) -> N
     norm = float(adapter.singular_values().norm())
     if found is None or norm == 0:
         return
-    reach = float(torch.linalg.vector_norm(weight.detach(), dtype=torch.float64)) if weight.is_floating_point() else 0.0
+    reach = float(torch.linalg.vector_norm(weight.detach(), dtype=torch.float64)) if is_foldable(weight) else 0.0
     if reach == 0:
         reach = float(adapter.site.weight_out_features) ** 0.5
     found.mul_(SIZE * reach / norm)

@@ -12,12 +12,13 @@ from collections import defaultdict
 from collections.abc import Collection, Mapping
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from lora2fx.adapter import Adapter
 from lora2fx.errors import RewriteError
 from lora2fx.passes.insertion import rewrite_graph, site_use
 from lora2fx.passes.install import Recipe, install_graph, install_owner
+from lora2fx.passes.merging import is_foldable
 from lora2fx.passes.places import Place, find_place, graph_place, relative
 from lora2fx.passes.recipes import owner_recipe
 from lora2fx.passes.uses import IN_OUT, parameter_use, weight_nodes
@@ -34,6 +35,8 @@ def child_name(site: Site) -> str:
 
 
 def _fits(place: Place, site: Site, rewrite: str) -> bool:
+    if rewrite != "activation" and not is_foldable(place.module.get_parameter(place.parameter)):
+        return False
     if rewrite == "property":
         return not (isinstance(place.module, fx.GraphModule) and place.parameter == site.parameter)
     if place.graph is None:
@@ -67,7 +70,19 @@ def plan_rewrite(model: nn.Module, site: Site, outside_reads: Collection[str] = 
     for rewrite in REWRITES[start:]:
         if _fits(place, site, rewrite):
             return rewrite
+    weight = model.get_parameter(site.weight)
+    if not is_foldable(weight):
+        raise RewriteError(
+            f"{site.weight} is a {_kind(weight)}, which nothing can be added to: only a weight that one plain matmul or"
+            f" lookup reads can be adapted then ({place.reason or 'its forward uses it in another way'})."
+            " Dequantise it, or leave it out with exclude=."
+        )
     raise RewriteError(f"{site.weight}: no rewrite is left after {after!r}; leave it out with exclude=.")
+
+
+def _kind(weight: Tensor) -> str:
+    plain = type(weight.data) is Tensor
+    return f"{weight.dtype} tensor" if plain else f"{type(weight.data).__name__} of {weight.dtype}"
 
 
 def _check_dropout(adapter: Adapter, rewrite: str) -> None:

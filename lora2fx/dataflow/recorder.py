@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, is_traceable_wrapper_subclass
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lora2fx.dataflow.overlaps import overlap
@@ -66,6 +66,8 @@ class Recorder(TorchDispatchMode):
         self._holders[self._known[parameter]].append((name, owner))
 
     def _storage(self, tensor: Tensor) -> int:
+        if is_traceable_wrapper_subclass(tensor):  # its storage is nobody's
+            return -len(self.values) - 1
         try:
             storage = tensor.untyped_storage()
         except (NotImplementedError, RuntimeError):  # a sparse tensor or a subclass without one
@@ -163,6 +165,14 @@ class Recorder(TorchDispatchMode):
         """A view knows of no write that the tensor it is of doesn't know of."""
         since = self._since.get(op.inputs[0], op.inputs[0])
         self._since.update(dict.fromkeys(op.outputs, since))
+
+    def record_as(self, func: OpOverload, operands: tuple[Tensor, ...], call: Callable[[], Tensor]) -> Tensor:
+        """What `call` returns, recorded as the one call `func(*operands)`; what it does inside is not."""
+        refs = self._argument(operands, False)
+        with _disable_current_modes():
+            made = call()
+        self._append_op(_name(func), func, refs, {}, (made,))
+        return made
 
     def _note_writes(self, func: Any, args: tuple[Any, ...], named: dict[str, Any]) -> None:
         schema = getattr(func, "_schema", None)
