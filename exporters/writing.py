@@ -48,7 +48,7 @@ def publish(files: Mapping[Path, Path]) -> None:
             place.unlink(missing_ok=True)
         raise
     for folder in {place.parent for place in files.values()}:
-        _sync_folder(folder)
+        sync_folder(folder)
 
 
 def publish_folder(staged: Path, place: Path, owned: frozenset[str]) -> None:
@@ -60,7 +60,7 @@ def publish_folder(staged: Path, place: Path, owned: frozenset[str]) -> None:
     for file in sorted(staged.iterdir()):
         os.chmod(file, usual_mode(staged.parent))
         _sync(file)
-    _sync_folder(staged)
+    sync_folder(staged)
     os.chmod(staged, usual_mode(staged.parent) | 0o111)
     earlier = staged.parent / "earlier"
     if place.exists():
@@ -71,7 +71,7 @@ def publish_folder(staged: Path, place: Path, owned: frozenset[str]) -> None:
         if earlier.exists():
             os.rename(earlier, place)
         raise
-    _sync_folder(place.parent)
+    sync_folder(place.parent)
 
 
 def check_folder(place: Path, owned: frozenset[str]) -> None:
@@ -118,7 +118,8 @@ def _sync(file: Path) -> None:
         os.close(handle)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Have the names in a folder reach the disk."""
     if os.name == "nt":  # Windows can't open a folder; its renames are journalled
         return
     handle = os.open(folder, os.O_RDONLY)
