@@ -78,7 +78,12 @@ def load_checkpoint(path: str | os.PathLike[str], model: nn.Module, states: Mapp
                 f" {tuple(value.shape)}. Transform the model with the hyperparameters that it was saved with."
             )
     for name, state in states.items():
-        state.load_state_dict(content["states"][name])
+        try:
+            state.load_state_dict(content["states"][name])
+        except (ValueError, KeyError, RuntimeError) as error:
+            raise FormatError(
+                f"{path}: the saved state {name!r} doesn't fit: {type(error).__name__}: {error}"
+            ) from error
     with torch.no_grad():
         for name, value in own.items():
             value.copy_(tensors[name])

@@ -101,7 +101,9 @@ def test_another_file_model_or_run_is_refused(tmp_path):
     wider = make()[0]
     lora2fx.unload(wider)
     lora2fx.transform(wider, ["0", "3"], lora2fx.LoRA2(r=5, k=3, target_r=2, target_k=2), verify=False)
-    refused(r"0\.lora2fx_weight\.lam is .*\(4,\); the model has .*\(5,\)", into=wider)
+    refused(r"0\.lora2fx_weight\.v is .*\(3, 4\); the model has .*\(3, 5\)", into=wider)
+    fewer = torch.optim.AdamW([next(p for p in model.parameters() if p.requires_grad)])
+    refused("the saved state 'optimizer' doesn't fit: ValueError", states={**states, "optimizer": fewer})
     whole = file.read_bytes()
     for name, content in {"half": whole[: len(whole) // 2], "noise": b"\x80\x04" * 99, "empty": b""}.items():
         (tmp_path / name).write_bytes(content)
