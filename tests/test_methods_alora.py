@@ -156,6 +156,110 @@ def test_status_and_length():
         driven(total=4)
 
 
+def present(adapters):
+    return [[p.detach().clone() for p in (a.A, a.B, a.mask)] for a in adapters]
+
+
+def equal(a, b):
+    return all(torch.equal(x, y) for own, other in zip(a, b, strict=True) for x, y in zip(own, other, strict=True))
+
+
+class Judge:
+    """-loss by the weights, one of `scores` for each step that is looked at, and a little for each rank that is on."""
+
+    def __init__(self, adapters, scores):
+        self.adapters, self.scores, self.seen = adapters, iter(scores), {}
+
+    def __call__(self):
+        fingerprint = float(self.adapters[2].A[0, 0].detach())
+        if fingerprint not in self.seen:
+            self.seen[fingerprint] = next(self.scores)
+        ranks = float(sum((a.mask * w).sum() for a, w in zip(self.adapters, (1.0, 5.0, 9.0), strict=True)))
+        return self.seen[fingerprint] + 1e-3 * ranks
+
+
+def judged(method, scores, total):
+    """A run of which `scores` are the -loss at each look; returns the states after each step."""
+    adapters, optimizer, attachment = driven(method, total)
+    attachment.evaluate = Judge(adapters, scores)
+    states = []
+    for _ in range(total):
+        step(adapters, optimizer)
+        states.append(present(adapters))
+    return adapters, states
+
+
+def test_the_run_ends_with_its_best_state_structure_and_weights():
+    """Looks after steps 2, 4, 6 (cycles after 2 and 4) and after the last, 7."""
+    method = ALoRA(r=2, n_prune=2, cycles=2, tinit=2, deltaT=2)
+    adapters, states = judged(method, [-3.0, -1.0, -2.0, -4.0], 7)
+    before_second_cycle = states[2]
+    assert [int(a.mask.sum()) for a in adapters] == [0, 3, 3]
+    assert torch.equal(adapters[1].mask, before_second_cycle[1][2])
+    assert torch.equal(adapters[1].keep, adapters[1].mask)
+    ends = judged(method, [-3.0, -1.0, -2.0, -0.5], 7)
+    assert equal(present(ends[0]), ends[1][-1]) and [int(a.mask.sum()) for a in ends[0]] != [0, 3, 3]
+    other = judged(ALoRA(r=2, n_prune=2, cycles=2, tinit=2, deltaT=2, keep_best=False), [-3.0, -1.0], 7)
+    assert [int(a.mask.sum()) for a in other[0]] == [int(a.mask.sum()) for a in ends[0]]
+
+
+def test_weights_beside_the_adapters_may_speak_against_the_best_state():
+    """The best look was better, but with what was trained since (heads) it isn't any more."""
+    adapters, optimizer, attachment = driven(ALoRA(r=2, n_prune=2, cycles=1, tinit=2, deltaT=2), 6)
+    looks = iter([-1.0, *[0.0] * 12, -2.0, -3.0, -3.0, -5.0])
+    attachment.evaluate = lambda: next(looks)
+    for _ in range(6):
+        step(adapters, optimizer)
+    last = present(adapters)
+    assert next(looks, None) is None
+    assert all(int(a.best_step) == 0 for a in adapters)
+    assert equal(last, present(adapters)) and [int(a.mask.sum()) for a in adapters] != [2, 2, 2]
+
+
+def test_rollback_undoes_a_cycle_that_made_things_worse_and_moves_no_more():
+    method = ALoRA(r=2, n_prune=2, cycles=3, tinit=2, deltaT=2, rollback=True, keep_best=False)
+    adapters, states = judged(method, [-3.0, -2.0, -9.0, -1.0], 9)
+    counts = [[int(mask.sum()) for _, _, mask in state] for state in states]
+    assert counts[0] == [2, 2, 2]
+    assert counts[1] == counts[2] == [0, 3, 3], "the first cycle helped"
+    assert counts[3] == counts[4] != [0, 3, 3], "the second"
+    assert counts[5:] == [[0, 3, 3]] * 4, "did not: it is undone, and the third never comes"
+    assert all(bool(a.settled) for a in adapters)
+    assert all(torch.equal(a.keep, a.mask) for a in adapters)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("-inf")])
+def test_a_loss_that_is_not_finite_is_never_the_best(bad):
+    method = ALoRA(r=2, n_prune=2, cycles=1, tinit=2, deltaT=2)
+    adapters, optimizer, attachment = driven(method, 4)
+    attachment.evaluate = lambda: bad
+    for _ in range(4):
+        step(adapters, optimizer)
+    assert [int(a.mask.sum()) for a in adapters] == [2, 2, 2], "nothing can be told: nothing moves"
+    assert all((a.best_A == 0).all() for a in adapters)
+
+
+def test_an_early_end_folds_the_best_state_and_pruning_forgets_it():
+    method = ALoRA(r=2, n_prune=2, cycles=1, tinit=2, deltaT=2)
+    adapters, optimizer, attachment = driven(method, 8)
+    attachment.evaluate = Judge(adapters, [-1.0, -2.0, -3.0])
+    for _ in range(2):
+        step(adapters, optimizer)
+    best = [(a.best_A.clone(), a.best_B.clone()) for a in adapters]
+    assert all((b != 0).any() for b, _ in best)
+    for _ in range(3):
+        step(adapters, optimizer)
+    assert [int(a.mask.sum()) for a in adapters] == [0, 3, 3]
+    (allocator,) = method.training().allocators
+    for _ in range(2):
+        allocator.finish(adapters)
+        assert [int(a.mask.sum()) for a in adapters] == [2, 2, 2]
+        assert all(torch.equal(a.A, b) for a, (b, _) in zip(adapters, best, strict=True))
+    adapters[0].compact()
+    assert adapters[0].A.shape == adapters[0].best_A.shape == (2, 6)
+    assert int(adapters[0].best_step) == 0
+
+
 def test_fresh_ranks_are_drawn_from_the_methods_own_seed():
     rows = []
     for seed in (1, 2):

@@ -2,10 +2,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
+import lora2fx
 from lora2fx.errors import Lora2fxError, MethodError
 from lora2fx.methods.lora import LoRA
-from tests.adapted import expert_site, fill, linear_site
+from lora2fx.methods.lora2 import LoRA2
+from tests.adapted import adapters_of, expert_site, fill, linear_site
 
 SITE = linear_site("layer", 10, 7)
 
@@ -128,3 +131,14 @@ def test_dropout_acts_on_the_input_in_training_only():
     dropped = adapter.train()(x)
     torch.manual_seed(1)
     torch.testing.assert_close(dropped, adapter.dropout(x) @ adapter.delta(), rtol=1e-13, atol=0)
+
+
+def test_a_rank_pattern_that_names_no_adapted_weight_is_an_error_and_changes_nothing():
+    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 2))
+    with pytest.raises(MethodError, match=r"rank_pattern\['2'\] names none of the 2 adapted weights\. Close to it are"):
+        lora2fx.transform(model, ["0", "1"], LoRA(rank_pattern={"0": 2, "2": 4}))
+    with pytest.raises(MethodError, match=r"'role:vaule'\] names none of the 1 adapted weights.*0, role:unknown"):
+        lora2fx.transform(model, ["0"], LoRA2(rank_pattern={"role:vaule": 8}))
+    assert type(model[0]) is nn.Linear and all(p.requires_grad for p in model.parameters())
+    lora2fx.transform(model, ["0", "1"], LoRA(r=3, rank_pattern={"0": 2, "role:unknown": 2}))
+    assert [adapter.A.shape[0] for adapter in adapters_of(model)] == [2, 2]

@@ -168,6 +168,45 @@ def test_a_run_resumes_with_its_noise():
     assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), model.state_dict().values(), strict=True))
 
 
+def test_the_target_comes_down_over_its_warm_up():
+    method = SaLoRA(r=4, target_density=0.4, density_warmup=3, tinit=2, tfinal=3, multiplier_lr=0.5)
+    model, optimizer, attachment = driven(method)
+    targets = []
+    for _ in range(T):
+        targets.append(attachment.training.allocators[0].target.now(attachment.adapters))
+        run(model, optimizer, 1)
+    assert targets == pytest.approx([1, 1, 1, 0.8, 0.6, 0.4, 0.4, 0.4, 0.4])
+    with pytest.raises(ScheduleError, match=r"density_warmup=5 steps are more than the 4 in which gates move"):
+        driven(SaLoRA(r=4, density_warmup=5, tinit=2, tfinal=3))
+
+
+def test_the_penalty_and_the_multipliers_see_the_same_target():
+    method = SaLoRA(
+        r=4, target_density=0.4, density_warmup=4, tinit=2, tfinal=3, multiplier_lr=0.5, orth_reg_weight=0.0
+    )
+    model, optimizer, attachment = driven(method)
+    run(model, optimizer, 4)
+    adapters = attachment.adapters
+    for adapter in adapters:
+        adapter.multipliers.copy_(torch.tensor([0.0, 2.0]))
+    with torch.no_grad():
+        gap = density(adapters, HardConcrete()) - 0.7
+        torch.testing.assert_close(method.training().penalty(adapters), 2 * gap**2, rtol=1e-12, atol=0)
+        method.training().allocators[0]._ascend(adapters)
+        torch.testing.assert_close(adapters[1].multipliers[1], 2 + 0.5 * gap**2, rtol=1e-12, atol=0)
+
+
+def test_finish_prunes_what_is_shut():
+    model, optimizer, attachment = driven()
+    run(model, optimizer, 3)
+    fill(model.adapters[0], log_theta=torch.tensor([-9.0, 3.0, 3.0, 3.0]))
+    model.eval()
+    before = [a.delta().detach() for a in model.adapters]
+    attachment.training.allocators[0].finish(attachment.adapters)
+    assert [a.mask.tolist() for a in model.adapters] == [[False, True, True, True], [True] * 4]
+    assert all(torch.equal(a.delta(), b) for a, b in zip(model.adapters, before, strict=True))
+
+
 def test_a_window_that_does_not_fit_is_refused():
     model = Model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

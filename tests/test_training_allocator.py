@@ -5,9 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora2fx.errors import ScheduleError
+from lora2fx.errors import MethodError, ScheduleError
+from lora2fx.methods.adalora import AdaLoRA
 from lora2fx.methods.lora2 import LoRA2
 from lora2fx.training.allocator import keep_highest, write_allocation
+from lora2fx.training.driver import Attachment
 from lora2fx.training.slots import Step
 from tests.adapted import linear_site
 
@@ -160,3 +162,103 @@ def test_both_axes_have_their_own_budgets():
             allocator.after_step(adapters, Step(index, 10))
     assert sum(int(a.mask.sum()) for a in adapters) == 4
     assert sum(int(a.column_mask.sum()) for a in adapters) == 2
+
+
+def driven(method, total=10, lr=0.1, seed=1):
+    """The adapters after a run of AdamW on random gradients, and its optimizer."""
+    adapters, _ = prepared(method)
+    optimizer = torch.optim.AdamW([p for a in adapters for p in a.parameters()], lr=lr, weight_decay=0.0)
+    attachment = Attachment(adapters, method.training(), optimizer, total)
+    generator = torch.Generator().manual_seed(seed)
+    states = []
+    for _ in range(total):
+        for adapter in adapters:
+            for parameter in adapter.parameters():
+                parameter.grad = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        optimizer.step()
+        states.append(([a.keep.clone() for a in adapters], attachment.budget))
+    return adapters, optimizer, states
+
+
+@pytest.mark.parametrize("method", [AdaLoRA, LoRA2], ids=["AdaLoRA", "LoRA2"])
+def test_a_local_budget_keeps_as_many_in_every_site(method):
+    settings = {"r": 4, "target_r": 2, "tinit": 1, "tfinal": 3, "deltaT": 1, "rank_pattern": {"layer1": 6}}
+    settings |= {"k": 2} if method is LoRA2 else {}
+    adapters, _, states = driven(method(**settings, budget_scope="local"))
+    assert [int(a.mask.sum()) for a in adapters] == [2, 2]
+    for index, (kept, budget) in enumerate(states):
+        own = [4, 6] if index <= 1 else [int(2 + (r - 2) * max(0.0, 1 - (index - 1) / 6) ** 3) for r in (4, 6)]
+        assert [int(keep.sum()) for keep in kept] == own
+        assert budget == sum(own)
+
+
+def test_a_local_target_above_a_sites_ranks_keeps_them_all():
+    adapters, _, _ = driven(lora2(r=5, target_r=3, rank_pattern={"layer0": 2}, budget_scope="local"))
+    assert [int(a.mask.sum()) for a in adapters] == [2, 3]
+
+
+def test_under_a_local_budget_equations_8_and_9_keep_the_same():
+    """A constant added to every score of a matrix changes no order within it, and does across matrices."""
+
+    def kept(scorer, scope):
+        adapters, (allocator,) = prepared(lora2(scorer=scorer, budget_scope=scope, target_r=2))
+        generator = torch.Generator().manual_seed(0)
+        for adapter, size in zip(adapters, (1.0, 30.0), strict=True):
+            for name in ("u", "v", "lam", "U", "V"):
+                scale = size if name in ("u", "V") else 1.0
+                for kind in ("sensitivity", "uncertainty"):
+                    buffer = getattr(adapter, f"{name}_{kind}", None)
+                    if buffer is not None:
+                        buffer.copy_(scale * torch.rand(buffer.shape, generator=generator, dtype=torch.float64))
+            generator.manual_seed(7)
+        lam = [torch.tensor([4.0, 1.0, 3.0, 2.0]), torch.tensor([1.5, 2.5, 0.5, 3.5])]
+        for adapter, values in zip(adapters, lam, strict=True):
+            adapter.lam_sensitivity.copy_(values)
+            adapter.lam_uncertainty.fill_(10.0)
+            for name in ("v", "U"):
+                adapter.get_buffer(f"{name}_sensitivity").zero_()
+        for pool in allocator._pools(adapters):
+            allocator._allocate(pool, 4 if scope == "global" else 2, final=True)
+        return [a.mask.tolist() for a in adapters]
+
+    assert kept("eq8", "local") == kept("eq9", "local") == [[True, False, True, False], [False, True, False, True]]
+    assert kept("eq8", "global") != kept("eq9", "global")
+
+
+@pytest.mark.parametrize("reset", [False, True])
+def test_moments_of_a_zeroed_value_are_cleared_where_asked(reset):
+    adapters, optimizer, _ = driven(lora2(reset_moments_on_mask=reset))
+    for adapter in adapters:
+        state, dropped = optimizer.state[adapter.lam], ~adapter.keep
+        for name in ("exp_avg", "exp_avg_sq"):
+            assert (state[name][adapter.keep] != 0).all()
+            assert (state[name][dropped] == 0).all() == (reset or not dropped.any())
+        assert (optimizer.state[adapter.v]["exp_avg"] != 0).all()
+    assert any((~a.keep).any() for a in adapters)
+
+
+def test_finish_makes_the_last_allocation_take_effect_and_twice_is_once():
+    adapters, (allocator,) = prepared(lora2())
+    set_scores(adapters, allocator, [[4, 3, 2, 1], [8, 7, 6, 5]])
+    allocator._allocate(adapters, 5, final=False)
+    with torch.no_grad():
+        for adapter in adapters:
+            adapter.lam.add_(0.25)
+    for _ in range(2):
+        allocator.finish(adapters)
+        assert [a.mask.tolist() for a in adapters] == [[True, False, False, False], [True] * 4]
+        assert adapters[0].lam.tolist() == [1.25, 0.0, 0.0, 0.0]
+
+
+def test_finish_without_an_allocation_changes_nothing():
+    adapters, (allocator,) = prepared(lora2())
+    allocator.finish(adapters)
+    assert all(a.mask.all() and (a.lam == 1).all() for a in adapters)
+
+
+@pytest.mark.parametrize("method", [AdaLoRA, LoRA2])
+def test_a_local_target_must_be_whole(method):
+    with pytest.raises(MethodError, match=r"keeps target_r entries in every site, but target_r=1.5 is no whole number"):
+        method(r=8, target_r=1.5, budget_scope="local")
+    with pytest.raises(MethodError, match="budget_scope='site'"):
+        method(budget_scope="site")

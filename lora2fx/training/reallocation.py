@@ -71,14 +71,12 @@ class AblationAllocator:
     def after_step(self, adapters: Sequence[Adapter], step: Step) -> None:
         """Score the model where that is due, remember or undo, and run a cycle where one is due."""
         boundary = self._boundary(step)
-        scored = self.keep_best or self.rollback
-        if step.evaluate is None or (boundary is None and not (step.last and scored)):
+        if step.evaluate is None or not self._is_due(adapters, boundary, step.last):
             return
         score = step.evaluate()
-        if scored:
+        if self.keep_best or self.rollback:
             self._judge(adapters, step, boundary, as_remembered(adapters, score))
-        settled = bool(remembering(adapters[0]).settled)
-        if boundary is not None and boundary < self.cycles and not settled:
+        if boundary is not None and boundary < self.cycles and not self._is_settled(adapters):
             self._move(adapters, step, boundary, score)
         if step.last and self.keep_best:
             self._settle_for_best(adapters, step.evaluate)
@@ -109,11 +107,19 @@ class AblationAllocator:
         interval = self._interval(step.total)
         return since // interval if since >= 0 and since % interval == 0 else None
 
+    def _is_settled(self, adapters: Sequence[Adapter]) -> bool:
+        return bool(remembering(adapters[0]).settled)
+
+    def _is_due(self, adapters: Sequence[Adapter], boundary: int | None, last: bool) -> bool:
+        """Whether the model is to be scored: for its memory, for a cycle, or for the verdict on the last one."""
+        if self.keep_best and (last or boundary is not None):
+            return True
+        return boundary is not None and boundary < self.cycles + self.rollback and not self._is_settled(adapters)
+
     def _judge(self, adapters: Sequence[Adapter], step: Step, boundary: int | None, score: float) -> None:
         """Remember the state if it is the best; undo the last cycle, and all further ones, if it made things worse."""
         best = best_score(adapters)
-        settled = bool(remembering(adapters[0]).settled)
-        after_cycle = boundary is not None and 1 <= boundary <= self.cycles and not settled
+        after_cycle = boundary is not None and 1 <= boundary <= self.cycles and not self._is_settled(adapters)
         if best is not None and self.rollback and after_cycle and not score >= best:
             recall(adapters)
             for adapter in map(remembering, adapters):
@@ -123,6 +129,8 @@ class AblationAllocator:
 
     def _settle_for_best(self, adapters: Sequence[Adapter], evaluate: Evaluate) -> None:
         """End with the best state, unless what was trained beside the adapters has moved away from it."""
+        if best_score(adapters) is None:
+            return
         now, before = evaluate(), present(adapters)
         recall(adapters)
         if evaluate() < now:
