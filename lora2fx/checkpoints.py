@@ -98,12 +98,11 @@ def _own_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:
-        raise FormatError(f"{path} is no checkpoint that can be read: {type(error).__name__}: {error}") from error
+    with open(path, "rb") as file:
+        try:
+            content = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise FormatError(f"{path} is no checkpoint that can be read: {type(error).__name__}: {error}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise FormatError(f"{path} is no lora2fx checkpoint; lora2fx.load(model, folder) reads saved adapters.")
     return content
