@@ -41,7 +41,7 @@ class LoRA2Adapter(Adapter):
         batch = site.batch_shape
         draw = partial(gaussian, 0.02) if init == "gaussian" else orthonormal
         self.u, self.v = draw(*batch, site.in_features, k), draw(*batch, k, r)
-        self.U = nn.Parameter(self.v.detach().mT.clone()) if init == "identity" else draw(*batch, r, k)
+        self.U = nn.Parameter(self.v.detach().mT.contiguous()) if init == "identity" else draw(*batch, r, k)
         starts_at_zero = init in ZERO_OUT
         self.V = constant(0.0, *batch, k, site.out_features) if starts_at_zero else draw(*batch, k, site.out_features)
         self.lam = constant(1.0 if starts_at_zero else 0.0, *batch, r)

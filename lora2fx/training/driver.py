@@ -16,7 +16,7 @@ from lora2fx.adapter import Adapter
 from lora2fx.errors import AdapterError
 from lora2fx.training.acceptance import check_length, refuse_partitioned, refuse_uncovered, stepping_optimizer
 from lora2fx.training.agreement import check_ranks
-from lora2fx.training.gradients import add_gradients, copy_gradients, loss_scale, read_step
+from lora2fx.training.gradients import add_gradients, copy_gradients, is_initialisation, loss_scale, read_step
 from lora2fx.training.overflow import count_overflows
 from lora2fx.training.progress import (
     Adapters,
@@ -90,6 +90,7 @@ class Attachment:
         self.stepped = 0
         self._current: Step | None = None
         self._withheld: list[tuple[Tensor, Tensor | None]] = []
+        self._idle = False
         self._penalty: Tensor | None = None
         self._attach(scaler)
 
@@ -184,6 +185,9 @@ class Attachment:
 
     def _prepare(self) -> None:
         parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        self._idle = is_initialisation(parameters, self.optimizer)
+        if self._idle:
+            return
         # Progress is read anew every step: a checkpoint may have been loaded since the last.
         bad, progress = read_step(parameters, self.optimizer, self.adapters[0].progress)
         check_total(Progress(*progress), self.total_steps)
@@ -216,6 +220,8 @@ class Attachment:
 
     def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.stepped += 1
+        if self._idle:
+            return
         step, self._current = self._current, None
         withheld, self._withheld = self._withheld, []
         for parameter, gradient in withheld:

@@ -43,6 +43,18 @@ def read_step(parameters: Sequence[Tensor], optimizer: Optimizer, progress: Tens
 
 
 @torch.no_grad()
+def is_initialisation(parameters: Sequence[Tensor], optimizer: Optimizer) -> bool:
+    """Whether this is no step but how torch.distributed.checkpoint makes an optimizer's state: rates and gradients 0.
+
+    A real step of a warm-up from 0 has gradients.
+    """
+    if any(float(group.get("lr", 1.0)) != 0 for group in optimizer.param_groups):
+        return False
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    return all(float(largest) == 0 for largest in _largest(gradients))
+
+
+@torch.no_grad()
 def add_gradients(parameters: Sequence[Tensor], gradients: Sequence[Tensor | None], optimizer: Optimizer) -> None:
     """Add to each parameter's `.grad`, under the loss scale that is on it; None adds nothing."""
     scale = loss_scale(optimizer)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lora2fx.adapter import Adapter
 from lora2fx.errors import Lora2fxWarning
+from lora2fx.sharding import whole
 from lora2fx.training.slots import Step
 
 XiMode = Literal["lr", "absolute"]
@@ -62,7 +63,7 @@ class SoftThreshold:
             assert axis.value is not None
             scale = float(step.group(axis.value)["lr"]) if self.mode == "lr" else 1.0
             axis.value.copy_(soft_threshold(axis.value, self.threshold(step.index, step.total) * scale))
-            left = axis.value != 0
+            left = whole(axis.value) != 0
             axis.keep.copy_(left if left.dim() == 1 else left.any(0))
             if step.last:
                 axis.mask.copy_(axis.keep)
