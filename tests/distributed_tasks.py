@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,9 +15,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 import lora2fx
 from lora2fx.errors import Lora2fxError
-from lora2fx.methods.adalora import AdaLoRA
-from lora2fx.methods.salora import SaLoRA
-from lora2fx.methods.sora import SoRA
 from lora2fx.sharding import whole
 
 STEPS, MICRO, ROWS = 12, 2, 8
@@ -26,9 +24,10 @@ METHOD = lora2fx.LoRA2(r=4, k=3, target_r=2, target_k=2, tinit=2, tfinal=4, delt
 METHODS = {
     "LoRA": lora2fx.LoRA(r=2),
     "LoRA2": METHOD,
-    "AdaLoRA": AdaLoRA(r=4, target_r=2, tinit=2, tfinal=4, deltaT=2),
-    "SoRA": SoRA(r=4, xi=0.5),
-    "SaLoRA": SaLoRA(r=4, target_density=0.5),
+    "AdaLoRA": lora2fx.AdaLoRA(r=4, target_r=2, tinit=2, tfinal=4, deltaT=2),
+    "SoRA": lora2fx.SoRA(r=4, xi=0.5),
+    "SaLoRA": lora2fx.SaLoRA(r=4, target_density=0.5),
+    "ALoRA": lora2fx.ALoRA(r=2, n_prune=1, cycles=2, tinit=3, deltaT=3),
 }
 
 
@@ -101,10 +100,19 @@ def state(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: whole(value.detach()).clone() for name, value in model.state_dict().items()}
 
 
+def score(model: nn.Module) -> float:
+    """-loss of one batch, the same on every process."""
+    model.eval()
+    with torch.no_grad():
+        loss = model(batches()[0]).square().mean()
+    model.train()
+    return -float(loss)
+
+
 def alone(method=METHOD) -> nn.Module:
     model = adapted(method)
     optimizer = adamw(model)
-    lora2fx.attach(model, optimizer, STEPS)
+    lora2fx.attach(model, optimizer, STEPS).evaluate = partial(score, model)
     train(model, optimizer)
     return model
 
@@ -185,7 +193,7 @@ def every_method(rank: int) -> dict[str, dict[str, torch.Tensor]]:
         torch.manual_seed(3)
         model = shard(adapted(method))
         optimizer = adamw(model)
-        lora2fx.attach(model, optimizer, STEPS)
+        lora2fx.attach(model, optimizer, STEPS).evaluate = partial(score, model)
         train(model, optimizer, rank, 2)
         found[name] = state(model)
     return found

@@ -10,6 +10,7 @@ import torch
 
 from lora2fx.adapter import Adapter, Axis
 from lora2fx.errors import ScheduleError
+from lora2fx.sharding import like, whole
 from lora2fx.training.ablation import Evaluate, ablation_scores, plan_shift
 from lora2fx.training.moments import clear_moments
 from lora2fx.training.remembering import (
@@ -156,9 +157,11 @@ def _grow(adapter: Adapter, axis: Axis, count: int, step: Step, generator: torch
     for name, dim in axis.along:
         parameter = adapter.get_parameter(name)
         clear_moments(step.optimizer, parameter, dim, old)
-        fresh = torch.zeros_like(parameter.index_select(dim, slots), device="cpu")
+        value = whole(parameter.detach())
+        fresh = torch.zeros_like(value.index_select(dim, slots), device="cpu")
         if name == "A":
             bound = 1 / sqrt(adapter.site.in_features)
             fresh.uniform_(-bound, bound, generator=generator)
-        parameter.index_copy_(parameter.dim() + dim, slots, fresh.to(parameter))
+        grown = value.index_copy(value.dim() + dim, slots, fresh.to(value))
+        parameter.copy_(like(grown, parameter))
     axis.mask.index_fill_(0, slots, True)
