@@ -70,17 +70,23 @@ def _is_safe_global(names: dict[str, Any], name: str) -> bool:
 
 
 class CodeWatch:
-    """A profiler that collects, while tracing, why any Python code of the user's that ran is not a straight line."""
+    """A profiler that collects, while tracing, why any Python code of the user's that ran is not a straight line.
 
-    def __init__(self) -> None:
+    It looks from the call of `forward` on: what leads there is the tracer's own, and differs once torch.compile
+    was used in the process.
+    """
+
+    def __init__(self, forward: Any) -> None:
         self.reasons: list[str] = []
         self._seen: set[types.CodeType] = set()
+        self._start: types.CodeType | None = getattr(forward, "__code__", None)
 
     def __call__(self, frame: types.FrameType, event: str, arg: Any) -> None:
         """Look at each piece of code the first time that it is called."""
         code = frame.f_code
-        if event != "call" or code in self._seen:
+        if event != "call" or code in self._seen or self._start not in (None, code):
             return
+        self._start = None
         self._seen.add(code)
         module = str(frame.f_globals.get("__name__", ""))
         if module in _CONTEXTS:

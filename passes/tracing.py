@@ -17,6 +17,7 @@ import torch
 from torch import fx, nn
 
 from lora2fx.adapter import Adapter
+from lora2fx.insert import Insert
 from lora2fx.passes.bytecode import CodeWatch
 from lora2fx.passes.spies import PLAIN, spied
 
@@ -80,7 +81,7 @@ def _watched(watch: CodeWatch) -> Iterator[None]:
 
 
 def _trace_once(owner: nn.Module) -> tuple[fx.Graph, list[str]]:
-    tracer, watch, reasons = _GraphTracer(), CodeWatch(), list[str]()
+    tracer, watch, reasons = _GraphTracer(), CodeWatch(type(owner).forward), list[str]()
     try:
         with _unchanged(owner), spied(owner, tracer, reasons), _watched(watch):
             graph = tracer.trace(owner)
@@ -132,8 +133,8 @@ def trace_owner(owner: nn.Module) -> fx.Graph:
     return graph
 
 
-def trace_adapter(adapter: Adapter, function: Callable[..., Any]) -> fx.Graph:
-    """The graph of one of the adapter's own methods (`Adapter.forward`, `Adapter.weight_delta`)."""
+def trace_adapter(adapter: Adapter | Insert, function: Callable[..., Any]) -> fx.Graph:
+    """The graph of one of the module's own methods (`Adapter.forward`, `Adapter.weight_delta`, `Insert.forward`)."""
     tracer = _GraphTracer()
     tracer.traced_func_name = function.__name__
     return tracer.trace(adapter)

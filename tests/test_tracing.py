@@ -4,6 +4,7 @@ import gc
 import types
 
 import pytest
+import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -130,3 +131,8 @@ def test_finalizers_that_happen_to_run_meanwhile_are_no_part_of_the_forward():
 class PlainMatmul(Base):
     def forward(self, x):
         return x @ self.w
+
+
+def test_tracing_is_the_same_once_the_process_has_compiled_something():
+    torch.compile(nn.Linear(4, 3), backend="eager")(torch.ones(2, 4))
+    assert "self.scale" in trace_owner(ReadsScalars()).python_code("self").src
