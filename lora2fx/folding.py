@@ -5,23 +5,26 @@ from __future__ import annotations
 from torch import nn
 
 from lora2fx.passes.fold import fold_adapters
+from lora2fx.passes.rounding import Rounding
 from lora2fx.passes.unload import unload_adapters
 from lora2fx.program import program_of
 from lora2fx.reports import Report
 from lora2fx.sharding import refuse_sharded
 
 
-def fold(model: nn.Module, strict: bool = True) -> Report:
+def fold(model: nn.Module, strict: bool = True, rounding: Rounding = "nearest", seed: int = 0) -> Report:
     """Add every ΔW to its weight, in place, and give the model its own classes and keys back.
 
-    ΔW and the sum are computed in float64 and rounded once to the weight's dtype. With `strict` an unfinished
-    pruning schedule is a `ScheduleError`; without, a warning. A non-finite factor or result is an `AdapterError`, as
-    is a model that FSDP shards (the error says how it is folded).
+    The sum is rounded once to the weight's dtype. In bfloat16 and float16 that can take much of a small ΔW away: the
+    report says how much (`lost_adaptation`), and `rounding="adapter"` keeps it; "stochastic" rounds without bias, from
+    `seed` (see `fold_adapters`). With `strict` an unfinished pruning schedule is a `ScheduleError`; without, a
+    warning. A non-finite factor or result is an `AdapterError`, as is a model that FSDP shards (the error says how it
+    is folded).
     On any error the model is as it was.
     """
     program = program_of(model, "fold")
     refuse_sharded(model, "fold")
-    return fold_adapters(program, strict=strict)
+    return fold_adapters(program, strict=strict, rounding=rounding, seed=seed)
 
 
 def unload(model: nn.Module) -> None:

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from lora2fx.errors import VerifyError
+from lora2fx.passes.adding import write_merge
 from lora2fx.passes.install import restore_module, restore_owners, rewritten_path
-from lora2fx.passes.merging import is_foldable, merges, write_merges
+from lora2fx.passes.merging import is_foldable, merges
 from lora2fx.program import Program, program_of
 
 
@@ -56,6 +57,7 @@ def folded_copy(program: Program) -> Folded:
     model = _sharing_copy(program.model, [merge.weight for merge in merges(program)])
     copied = program_of(model, "verify")
     found = [merge for merge in merges(copied) if is_foldable(merge.weight)]
-    write_merges(found)
+    for merge in found:
+        write_merge(merge)
     restore_owners(copied.root)
     return Folded(model, {name: merge.weight for merge in found for name in merge.adapters})

@@ -1,4 +1,4 @@
-"""Fold: W → W + ΔW, in float64, rounded once; the original classes and keys are left with better weights.
+"""Fold: W → W + ΔW, rounded once to W's dtype; the original classes and keys are left with better weights.
 
 All or nothing: every factor, every result and the schedule are checked before the first weight is written.
 """
@@ -7,17 +7,23 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from math import hypot
 from typing import Any
 
 from lora2fx.errors import Lora2fxWarning, ScheduleError
+from lora2fx.passes.adding import write_measured
 from lora2fx.passes.entries import adapter_entry, totals
-from lora2fx.passes.merging import check_merges, merges, write_merges
+from lora2fx.passes.merging import check_merges, merges
+from lora2fx.passes.rounding import Rounding, check_rounding
 from lora2fx.passes.unload import detach_adapters
 from lora2fx.program import Program
 from lora2fx.reports import Report
 from lora2fx.training.driver import schedule_status
+
+LOST = 0.05
+"""The share of an adaptation that may be lost to rounding without a warning."""
 
 
 def _check_schedule(program: Program, strict: bool) -> str | None:
@@ -56,15 +62,42 @@ def _warn_unfinished(status: str, counts: Mapping[str, Any]) -> None:
     )
 
 
-def fold_adapters(program: Program, strict: bool = True) -> Report:
+def lost_adaptation(sites: Iterable[Mapping[str, Any]]) -> float:
+    """The share of all sites' ΔW together that rounding took away in the inputs that they act on."""
+    known = [(site["lost_adaptation"], site["delta_norm"]) for site in sites]
+    size = hypot(*(norm for _, norm in known))
+    return hypot(*(lost * norm for lost, norm in known)) / size if size else 0.0
+
+
+def _warn_lost(lost: float) -> None:
+    if lost > LOST:
+        warnings.warn(
+            f"fold: rounding to the weights' dtype took {lost:.0%} of the adaptation, ΔW being small beside the dtype's"
+            " steps. rounding='adapter' keeps it; so does a base model in float32.",
+            Lora2fxWarning,
+            stacklevel=4,
+        )
+
+
+def fold_adapters(program: Program, strict: bool = True, rounding: Rounding = "nearest", seed: int = 0) -> Report:
     """Add every ΔW to its weight, in place, and take the adapters away; trained heads stay as they are.
 
-    Each site's entry also holds `delta_norm` = ‖ΔW‖_F and `rounding_error` = ‖round(W+ΔW) − (W+ΔW)‖_F / ‖ΔW‖_F on
-    the site's own columns. Weights keep their Parameter objects, storage and requires_grad of before `transform`.
+    float32 and float64 weights are added to in their own dtype: off by at most half a step of the result plus
+    (k + 4) · 2⁻²⁴ · |left| |right| in float32. Weights of fewer bits are summed in float64 and rounded once, by
+    `rounding`: "nearest"; "adapter", which keeps ΔW's effect on its own inputs where ΔW is small beside the dtype's
+    steps, for a larger error elsewhere (see `adaptive_rounding`); or "stochastic", unbiased, from `seed`.
+
+    Each site's entry also holds `rounding`, `delta_norm` = ‖ΔW‖_F, `rounding_error` = ‖E‖_F / ‖ΔW‖_F with E = what
+    was written − (W + ΔW), and `lost_adaptation` = ‖UᵀE‖_F / ‖ΔW‖_F, U an orthonormal basis of the inputs that ΔW
+    acts on (an embedding's: of its outputs): the last two on evenly spread columns of a weight that has more than
+    2¹⁶ elements. Weights keep their Parameter objects, storage and requires_grad of before `transform`.
+
     Raises `ScheduleError` (a schedule that was not driven to its end; with `strict=False` its last allocation takes
-    effect, and a warning says what that keeps) and
-    `AdapterError` (a non-finite factor or result, a weight that can't be written), the model then as it was.
+    effect, and a warning says what that keeps), `MethodError` (a rounding of another name) and `AdapterError` (a
+    non-finite factor or result, a weight that can't be written), the model then as it was. Warns where rounding
+    takes more than 5 % of the adaptation of all sites together.
     """
+    check_rounding(rounding)
     status = _check_schedule(program, strict)
     finished = _finished(program)
     found = merges(finished)
@@ -73,11 +106,15 @@ def fold_adapters(program: Program, strict: bool = True) -> Report:
     counts = totals(finished)
     if status is not None:
         _warn_unfinished(status, counts)
-    written = write_merges(found)
+    written: dict[str, dict[str, Any]] = {}
+    for merge in found:
+        written |= write_measured(merge, rounding, seed)
     detach_adapters(program)
     details: dict[str, Any] = {
         "max_rounding_error": max((site["rounding_error"] for site in written.values()), default=0.0),
+        "lost_adaptation": lost_adaptation(written.values()),
         "modules_to_save": list(program.record.modules_to_save),
     }
     sites = tuple(entry | written[name] for name, entry in entries.items())
+    _warn_lost(details["lost_adaptation"])
     return Report(f"fold {type(program.root).__name__}", sites, counts, program.record.verify, details)

@@ -1,10 +1,12 @@
-"""W + ΣΔW, written into the weight's own storage: summed in float64, rounded once, checked before."""
+"""One weight and what is to be added to it, and whether it can be; the adding is in `adding`."""
 
 from __future__ import annotations
 
+import zlib
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 from lora2fx.adapter import Adapter
 from lora2fx.errors import AdapterError
 from lora2fx.passes.rounding import round_once
-from lora2fx.passes.tiles import Factors, Tile, positions, tiles
+from lora2fx.passes.tiles import Factors, tiles
 from lora2fx.program import Program
 
 
@@ -28,9 +30,19 @@ class Merge:
         """The weight and its roles, for messages."""
         return ", ".join(f"{adapter.site.weight} ({adapter.site.role})" for adapter in self.adapters.values())
 
-    def factors(self) -> dict[str, Factors]:
-        """Every adapter's factors in float64, on the weight's device."""
-        return {name: Factors(adapter, self.weight.device) for name, adapter in self.adapters.items()}
+    @cached_property
+    def exact(self) -> dict[str, Adapter]:
+        """The adapters in float64 on the weight's device, as they are when this is first asked for."""
+        return {name: adapter.exact().to(self.weight.device) for name, adapter in self.adapters.items()}
+
+    def factors(self, dtype: torch.dtype = torch.float64) -> Factors:
+        """All updates as one."""
+        return Factors(list(self.exact.values()), dtype)
+
+    def seed(self, seed: int) -> int:
+        """A seed of the weight's own, whatever the order that weights are folded in; 32 bits are all that count."""
+        name = next(iter(self.adapters.values())).site.weight
+        return zlib.crc32(f"{seed} {name}".encode())
 
 
 def site_weight(program: Program, adapter: Adapter) -> nn.Parameter:
@@ -77,9 +89,9 @@ def _largest(weight: Tensor) -> Tensor:
 
 
 def _overflows(merge: Merge) -> bool:
-    factors = merge.factors().values()
-    for tile in tiles(merge.weight.shape):
-        total = merge.weight.detach()[tile].double() + sum(own.tile(tile) for own in factors)
+    factors = merge.factors()
+    for tile in tiles(merge.weight.shape, factors.limit):
+        total = factors.tile(tile).add_(merge.weight.detach()[tile])
         if not round_once(total, merge.weight.dtype).isfinite().all():
             return True
     return False
@@ -93,7 +105,7 @@ def check_merges(found: Sequence[Merge]) -> None:
         if not merge.weight.numel():
             continue
         largest = _largest(merge.weight.detach())
-        bound = largest + sum(factors.largest() for factors in merge.factors().values())
+        bound = largest + merge.factors().largest()
         if not bound <= torch.finfo(merge.weight.dtype).max and _overflows(merge):
             dtype = merge.weight.dtype
             cause = f"W + ΔW leaves {dtype}" if largest.isfinite() else "the base weight holds NaN or infinity"
@@ -101,45 +113,3 @@ def check_merges(found: Sequence[Merge]) -> None:
                 f"fold: {merge.names}: {cause}. Convert the model to a wider dtype, or lora2fx.unload(model);"
                 " the model is as it was."
             )
-
-
-def _own_columns(adapter: Adapter, part: Tensor, tile: Tile) -> Tensor:
-    """The elements of a tile in the site's own output columns."""
-    if adapter.columns is None:
-        return part
-    free = adapter.site.layout.free
-    matrix = part.permute([dim for dim in range(part.dim()) if dim not in free] + list(free)).flatten(-len(free))
-    columns = positions(adapter.site.shape, free, tile).to(part.device)
-    return matrix[..., torch.isin(columns, adapter.columns.to(part.device))]
-
-
-def _write(merge: Merge) -> dict[str, dict[str, float]]:
-    weight, factors = merge.weight.detach(), merge.factors()
-    energy = {name: weight.new_zeros((), dtype=torch.float64) for name in factors}
-    lost = {name: value.clone() for name, value in energy.items()}
-    for tile in tiles(weight.shape):
-        part = weight[tile]
-        total = part.to(torch.float64, copy=True)
-        for name, own in factors.items():
-            delta = own.tile(tile)
-            energy[name] += torch.linalg.vector_norm(delta).square()
-            total += delta
-        rounded = round_once(total, weight.dtype)
-        part.copy_(rounded)
-        total -= rounded
-        for name, adapter in merge.adapters.items():
-            lost[name] += torch.linalg.vector_norm(_own_columns(adapter, total, tile)).square()
-    norms = {name: float(value) ** 0.5 for name, value in energy.items()}
-    return {
-        name: {"delta_norm": norm, "rounding_error": float(lost[name]) ** 0.5 / norm if norm else 0.0}
-        for name, norm in norms.items()
-    }
-
-
-@torch.no_grad()
-def write_merges(found: Sequence[Merge]) -> dict[str, dict[str, float]]:
-    """Write every merge, checked before; by adapter its `delta_norm` and `rounding_error` (see `fold_adapters`)."""
-    written: dict[str, dict[str, float]] = {}
-    for merge in found:
-        written |= _write(merge)
-    return written

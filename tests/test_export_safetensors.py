@@ -34,8 +34,9 @@ def expected_state(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def same(own: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return own.keys() == other.keys() and all(torch.equal(own[name], other[name]) for name in own)
+def check_state(own: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    """Equal but for the last bit of a weight that was added to in float32."""
+    torch.testing.assert_close(dict(own), other, rtol=2**-22, atol=2**-24)
 
 
 def test_the_file_is_the_state_dict_with_updates_added_once(tmp_path):
@@ -44,7 +45,7 @@ def test_the_file_is_the_state_dict_with_updates_added_once(tmp_path):
     report = export_safetensors(model, tmp_path / "deep" / "m.safetensors")
     assert snapshot(model) == before
     found = load_file(tmp_path / "deep" / "m.safetensors")
-    assert same(found, expected_state(model))
+    check_state(found, expected_state(model))
     assert found.keys() == ZOO["vit_plain"].build().state_dict().keys()
     assert report.details["tensors"] == len(found)
     assert [site["weight"] for site in report.sites] == VIT
@@ -97,7 +98,8 @@ def test_shared_memory_is_stored_once_and_parts_are_stored_whole(tmp_path):
     assert torch.equal(found["turned"], model.table.T)
     fresh = Tied()
     assert fresh.load_state_dict(found, strict=False).missing_keys == ["head.weight"]
-    assert torch.equal(fresh.middle.weight, expected_state(model)["middle.weight"])
+    wanted = expected_state(model)["middle.weight"]
+    torch.testing.assert_close(fresh.middle.weight.detach(), wanted, rtol=2**-22, atol=2**-24)
     assert fresh.head.weight is fresh.embedding.weight
 
 
@@ -120,7 +122,7 @@ def test_a_folder_loads_with_from_pretrained(tmp_path, name):
     assert "model.safetensors" in report.details["files"]
     assert [path.name for path in tmp_path.iterdir()] == [name]
     loaded = type(model).from_pretrained(tmp_path / name).state_dict()
-    assert same(loaded, expected_state(model))
+    check_state(loaded, expected_state(model))
 
 
 def test_a_single_file_loads_with_from_pretrained_beside_its_config(tmp_path):
@@ -128,7 +130,8 @@ def test_a_single_file_loads_with_from_pretrained_beside_its_config(tmp_path):
     model = adapt(ZOO["gpt2"].build(), [])
     model.config.save_pretrained(tmp_path)
     export_safetensors(model, tmp_path / "model.safetensors")
-    assert same(type(model).from_pretrained(tmp_path).state_dict(), model.state_dict())
+    found = type(model).from_pretrained(tmp_path).state_dict()
+    torch.testing.assert_close(dict(found), dict(model.state_dict()), rtol=0, atol=0)
 
 
 def test_a_folder_needs_a_config_and_no_foreign_files(tmp_path):

@@ -277,7 +277,7 @@ def test_tiles_cover_the_update_once_in_any_layout(shape, layout, limit):
     torch.manual_seed(0)
     adapter = LoRA(r=2).adapter(site).double()
     nn.init.normal_(adapter.B)
-    factors, seen = Factors([adapter], torch.device("cpu"), torch.float64), torch.zeros(shape)
+    factors, seen = Factors([adapter.exact()], torch.float64), torch.zeros(shape)
     wanted = adapter.weight_delta().detach()
     for tile in tiles(shape, limit):
         assert seen[tile].numel() <= limit
