@@ -49,7 +49,8 @@ def preserved_generators() -> Iterator[None]:
 @contextmanager
 def preserved_buffers(model: nn.Module) -> Iterator[None]:
     """The same buffer objects with the same values afterwards; one that did not change is not written."""
-    buffers = {module: dict(module._buffers) for module in model.modules()}
+    plain = [module for module in model.modules() if isinstance(module._buffers, dict)]  # a scripted module's aren't
+    buffers = {module: dict(module._buffers) for module in plain}
     values = {
         buffer: buffer.detach().clone() for own in buffers.values() for buffer in own.values() if buffer is not None
     }
