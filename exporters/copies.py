@@ -91,7 +91,9 @@ def merged_copy(model: nn.Module, asked: str) -> tuple[nn.Module, Report]:
 
 def unloaded_copy(model: nn.Module, asked: str) -> nn.Module:
     """A copy with its adapters taken off, and the modules that were trained whole as they were before."""
-    heads = {id(p) for path in program_of(model, asked).record.modules_to_save for p in _saved(model, path)}
+    program = program_of(model, asked)
+    heads = {id(p) for path in program.record.modules_to_save for p in _saved(model, path)}
+    heads |= {id(program.root.get_parameter(name)) for name in program.record.trained}
     copied = _shallow(model, heads)
     unload_adapters(program_of(copied, asked))
     return copied

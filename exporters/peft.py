@@ -20,7 +20,7 @@ from lora2fx.exporters.peft_proof import prove_layers, prove_peft_outputs, read_
 from lora2fx.exporters.shapes import named_inputs
 from lora2fx.exporters.writing import check_folder, publish_folder, staging
 from lora2fx.inputs import ExampleInputs, as_inputs
-from lora2fx.program import Program, program_of
+from lora2fx.program import Program, program_of, refuse_baseline
 from lora2fx.reports import Report
 from lora2fx.synthesis import is_pretrained
 
@@ -50,6 +50,7 @@ def export_peft(
     place, model = Path(folder), unwrapped(model)
     check_folder(place, OWNED)
     program = program_of(model, "export_peft")
+    refuse_baseline(program, "export_peft")
     runs = example_inputs is not None or is_pretrained(model)
     copies = copies_of(model, "export_peft")
     layers = peft_layers(program, runs)

@@ -11,6 +11,7 @@ from torch import nn
 
 from lora2fx.adapter import Adapter
 from lora2fx.analysis import ModelAnalysis, analyse
+from lora2fx.baselines import install_baseline, verify_baseline
 from lora2fx.errors import AdapterError, RewriteError, VerifyError
 from lora2fx.heads import saved_modules
 from lora2fx.inputs import ExampleInputs
@@ -20,7 +21,7 @@ from lora2fx.passes.install import Adapted, restore_owners
 from lora2fx.passes.match import coverage, match_sites
 from lora2fx.passes.rewrite import child_name, plan_rewrite, rewrite_owners
 from lora2fx.passes.verify import Verification, reference_outputs, verify_rewrites
-from lora2fx.program import RECORD, TIED, Method, Program, Record, drop_attribute, keep_attribute
+from lora2fx.program import RECORD, TIED, Baseline, Method, Program, Record, drop_attribute, keep_attribute
 from lora2fx.reports import site_entry
 from lora2fx.sharding import is_sharded
 from lora2fx.site import Site
@@ -37,7 +38,7 @@ def refuse_adapted(model: nn.Module, asked: str) -> None:
             f"{asked}: {type(model).__name__} is sharded over several processes already. Do this first and"
             " fully_shard(model) afterwards."
         )
-    if any(isinstance(module, (Adapted, Adapter)) for module in model.modules()):
+    if any(isinstance(module, (Adapted, Adapter)) or RECORD in vars(module) for module in model.modules()):
         raise AdapterError(
             f"{asked}: {type(model).__name__} already holds adapters. lora2fx.fold(model) merges them,"
             " lora2fx.unload(model) takes them off; then it can be transformed again."
@@ -50,7 +51,7 @@ def all_or_nothing(model: nn.Module) -> Iterator[None]:
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     config = getattr(model, "config", None)
     tied = getattr(config, TIED, None)
-    owned = [(module, dict(module._parameters)) for module in model.modules()]
+    owned = [(m, dict(m._parameters)) for m in model.modules() if isinstance(m._parameters, dict)]
     try:
         yield
     except BaseException:
@@ -94,14 +95,18 @@ def make_adapter(model: nn.Module, site: Site, method: Method) -> Adapter:
     return method.adapter(site).to(device=weight.device, dtype=dtype)
 
 
-def _program(model: nn.Module, sites: Sequence[Site], record: Record, seed: int | None) -> Program:
+@contextmanager
+def _seeded(seed: int | None) -> Iterator[None]:
+    """Draw from `seed`, the global generators as before afterwards; None draws from them."""
     devices = list(range(torch.cuda.device_count())) if seed is not None else []
     with torch.random.fork_rng(devices, enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
-        adapters = {
-            f"{site.owner}.{child_name(site)}".lstrip("."): make_adapter(model, site, record.method) for site in sites
-        }
+        yield
+
+
+def _program(model: nn.Module, method: Method, sites: Sequence[Site], record: Record) -> Program:
+    adapters = {f"{site.owner}.{child_name(site)}".lstrip("."): make_adapter(model, site, method) for site in sites}
     return Program(model, model, record, adapters)
 
 
@@ -194,8 +199,8 @@ def _unverified(asked: bool) -> dict[str, Any]:
 
 def transform(
     model: M,
-    targets: Targets = DEFAULT_TARGETS,
-    method: Method | None = None,
+    targets: Targets | None = None,
+    method: Method | Baseline | None = None,
     *,
     example_inputs: ExampleInputs | None = None,
     exclude: Targets = (),
@@ -206,6 +211,8 @@ def transform(
 ) -> M:
     """Give every weight that `targets` means a trainable low-rank update; in place, and returns the same model.
 
+    `targets=None` is query, key, value and ffn. A baseline (`lora2fx.methods.baselines`, `.houlsby`) as `method`
+    trains what is there, or puts modules in, instead; what it takes without targets, and of them, it says itself.
     Everything but the adapters and `modules_to_save` is frozen (a classification head of a transformers model is
     saved and trained by default). Without `example_inputs` a transformers model is called with inputs made from
     its config; any other module can then be targeted by name only. `seed` draws the factors without touching
@@ -218,6 +225,8 @@ def transform(
     """
     refuse_adapted(model, "transform")
     method = LoRA2() if method is None else method
+    if targets is None:
+        targets = method.default_targets if isinstance(method, Baseline) else DEFAULT_TARGETS
     found = analyse(model, example_inputs, needs_roles(targets) or needs_roles(exclude))
     saved = saved_modules(model, modules_to_save)
     free = tuple(site for site in found.sites if not any(site.weight.startswith(path + ".") for path in saved))
@@ -227,15 +236,21 @@ def transform(
     check = verify and found.inputs is not None
     with all_or_nothing(model):
         reference = reference_outputs(model, found.inputs) if check and found.inputs is not None else None
-        untied = {
+        record = Record(method, trainable, saved, originals(model, saved))
+        record.skipped, record.coverage = _skipped(found, sites, saved), coverage(free, sites)
+        if isinstance(method, Baseline):
+            with _seeded(seed):
+                program = install_baseline(Program(model, model, record, {}), sites, found.outside_reads)
+            record.verify = verify_baseline(program, found.inputs, reference) or _unverified(verify)
+            return model
+        record.untied = {
             site.weight: untie_weight(model, site, found.ties[site.weight], untie)
             for site in {site.weight: site for site in sites}.values()
             if site.weight in found.ties
         }
-        skipped = _skipped(found, sites, saved)
-        record = Record(method, trainable, saved, originals(model, saved), untied, {}, skipped, coverage(free, sites))
-        record.tied_config = untie_config(model) if untied else None
-        program = _program(model, sites, record, seed)
+        record.tied_config = untie_config(model) if record.untied else None
+        with _seeded(seed):
+            program = _program(model, method, sites, record)
         plans = {
             name: plan_rewrite(model, adapter.site, found.outside_reads) for name, adapter in program.adapters.items()
         }

@@ -11,9 +11,9 @@ from lora2fx.analysis import ModelAnalysis, analyse
 from lora2fx.compiler import describe_site, refuse_adapted
 from lora2fx.errors import RewriteError
 from lora2fx.inputs import ExampleInputs
-from lora2fx.passes.entries import adapter_entry, totals
+from lora2fx.passes.entries import adapter_entry, insert_entry, totals
 from lora2fx.passes.rewrite import plan_rewrite
-from lora2fx.program import Method, program_of
+from lora2fx.program import Baseline, Method, program_of
 from lora2fx.reports import Report, site_entry
 from lora2fx.site import Site
 
@@ -45,7 +45,7 @@ def inspect_model(model: nn.Module, example_inputs: ExampleInputs | None = None)
     return Report(f"inspect {type(model).__name__}", tuple(entries), counts)
 
 
-def describe_method(method: Method) -> str:
+def describe_method(method: Method | Baseline) -> str:
     """The method with the hyperparameters that aren't its defaults."""
     if not is_dataclass(method):
         return repr(method)
@@ -65,10 +65,15 @@ def report_model(model: nn.Module) -> Report:
     """
     program = program_of(model, "report")
     entries = [adapter_entry(name, adapter) for name, adapter in program.adapters.items()]
+    entries += [insert_entry(name, insert) for name, insert in program.inserts.items()]
     return Report(
         f"report {type(program.root).__name__} · {describe_method(program.method)}",
         (*entries, *program.record.skipped),
         totals(program),
         program.record.verify,
-        {"modules_to_save": list(program.record.modules_to_save), "coverage": program.record.coverage},
+        {
+            "modules_to_save": list(program.record.modules_to_save),
+            "trained": list(program.record.trained),
+            "coverage": program.record.coverage,
+        },
     )

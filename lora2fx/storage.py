@@ -18,7 +18,7 @@ from lora2fx.compiler import all_or_nothing, install, originals, refuse_adapted,
 from lora2fx.errors import AdapterError, FormatError
 from lora2fx.passes.entries import adapter_entry, totals
 from lora2fx.passes.merging import site_weight
-from lora2fx.program import Method, Program, Record, program_of
+from lora2fx.program import Method, Program, Record, program_of, refuse_baseline
 from lora2fx.reports import Report
 from lora2fx.sharding import one_writer, whole
 from lora2fx.storage_files import MANIFEST, PAYLOAD, read_manifest, read_payload, seal, tensor_digest, write_files
@@ -60,10 +60,11 @@ def save(model: nn.Module, folder: Folder) -> Report:
     Moving averages of the training stay out: a file is for using, folding and exporting an adapter; to resume a run
     keep the model's own state_dict. Files appear whole or not at all. Of a model that FSDP shards every process must
     save; the first one writes, and the others wait until the files are there (their report says 0 bytes).
-    Raises `AdapterError` (no adapters, a value that is not finite), `FormatError` (a method that JSON can't hold, a
-    folder that is a file) and `OSError`; an earlier adapter in the folder then is as it was.
+    Raises `AdapterError` (no adapters, a baseline, a value that is not finite), `FormatError` (a method that JSON can't
+    hold, a folder that is a file) and `OSError`; an earlier adapter in the folder then is as it was.
     """
     program = program_of(model, "save")
+    refuse_baseline(program, "save")
     adapters = program.adapters
     sites = [
         SavedSite(adapter.site, str(adapter.rewrite), tensor_digest(whole(site_weight(program, adapter))))

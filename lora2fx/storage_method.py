@@ -15,12 +15,12 @@ from lora2fx.methods.lora import LoRA
 from lora2fx.methods.lora2 import LoRA2
 from lora2fx.methods.salora import SaLoRA
 from lora2fx.methods.sora import SoRA
-from lora2fx.program import Method
+from lora2fx.program import Baseline, Method
 
 METHODS: tuple[type[Method], ...] = (LoRA2, LoRA, AdaLoRA, SoRA, SaLoRA, ALoRA)
 
 
-def encode_method(method: Method) -> dict[str, Any]:
+def encode_method(method: Method | Baseline) -> dict[str, Any]:
     """The method's class name and hyperparameters as plain JSON.
 
     Raises `FormatError` where it is no dataclass or a hyperparameter is nothing that JSON holds.

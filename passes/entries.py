@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from lora2fx.adapter import Adapter
+from lora2fx.insert import Insert
 from lora2fx.program import Program
 from lora2fx.reports import site_entry
 from lora2fx.training.importance import axis_importance
@@ -59,6 +60,20 @@ def adapter_entry(name: str, adapter: Adapter) -> dict[str, Any]:
     )
 
 
+def insert_entry(name: str, insert: Insert) -> dict[str, Any]:
+    """The entry of what a baseline put behind a site; it has no ranks."""
+    site = insert.site
+    return site_entry(
+        site.weight,
+        adapter=name,
+        role=site.role,
+        evidence=site.evidence,
+        rewrite="insert",
+        shape=list(site.shape),
+        adapter_parameters=count(insert),
+    )
+
+
 def _budgets(program: Program) -> dict[str, int]:
     """By axis the budget that the schedule ends with; empty without one, or before `attach`."""
     adapters = list(program.adapters.values())
@@ -79,7 +94,7 @@ def totals(program: Program) -> dict[str, Any]:
     for adapter in adapters:
         kept.update(kept_entries(adapter))
     first = next(iter(kept), "")
-    in_adapters = sum(count(adapter) for adapter in adapters)
+    in_adapters = sum(map(count, (*adapters, *program.inserts.values())))
     return {
         "adapter_parameters": in_adapters,
         "trainable": sum(p.numel() for p in program.root.parameters() if p.requires_grad),

@@ -12,7 +12,7 @@ from dataclasses import replace
 from math import hypot
 from typing import Any
 
-from lora2fx.errors import Lora2fxWarning, ScheduleError
+from lora2fx.errors import AdapterError, Lora2fxWarning, ScheduleError
 from lora2fx.passes.adding import write_measured
 from lora2fx.passes.entries import adapter_entry, totals
 from lora2fx.passes.merging import check_merges, merges
@@ -24,6 +24,15 @@ from lora2fx.training.driver import schedule_status
 
 LOST = 0.05
 """The share of an adaptation that may be lost to rounding without a warning."""
+
+
+def _refuse_inserts(program: Program) -> None:
+    if program.inserts:
+        raise AdapterError(
+            f"fold: {type(program.method).__name__} put {len(program.inserts)} modules into the model"
+            f" ({next(iter(program.inserts))}, ...) that are no linear maps: no weights equal them. Use the model as it"
+            " is, save its state_dict, or take them off with lora2fx.unload(model)."
+        )
 
 
 def _check_schedule(program: Program, strict: bool) -> str | None:
@@ -98,6 +107,7 @@ def fold_adapters(program: Program, strict: bool = True, rounding: Rounding = "n
     takes more than 5 % of the adaptation of all sites together.
     """
     check_rounding(rounding)
+    _refuse_inserts(program)
     status = _check_schedule(program, strict)
     finished = _finished(program)
     found = merges(finished)

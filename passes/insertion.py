@@ -21,10 +21,10 @@ def site_use(graph: fx.Graph, parameter: str, site: Site) -> GraphUse | None:
     return found if found is not None and found.layout == site.layout else None
 
 
-def _insert_adapter(graph: fx.Graph, adapter_graph: fx.Graph, child: str, inputs: Mapping[str, fx.Node]) -> fx.Node:
-    """Copy the adapter's graph to the insertion point; its state is read from the owner's child."""
+def insert_module(graph: fx.Graph, module_graph: fx.Graph, child: str, inputs: Mapping[str, fx.Node]) -> fx.Node:
+    """Copy a module's graph to the insertion point; its state is read from the owner's child."""
     copied: dict[fx.Node, Any] = {}
-    for node in adapter_graph.nodes:
+    for node in module_graph.nodes:
         if node.op == "output":
             result: Any = node.args[0]
             return copied[result]  # type: ignore[no-any-return]
@@ -60,7 +60,7 @@ def _add_to_output(graph: fx.Graph, child: str, adapter: Adapter) -> None:
     function: Callable[..., Tensor] = Adapter.lookup if found.lookup else Adapter.forward
     name = "ids" if found.lookup else "x"
     with graph.inserting_before(matmul.next):
-        update = _insert_adapter(graph, trace_adapter(adapter, function), child, {name: found.input})
+        update = insert_module(graph, trace_adapter(adapter, function), child, {name: found.input})
         update = graph.call_method("type_as", (update, matmul))
         if adapter.columns is None:
             total = graph.call_function(operator.add, (matmul, update))
@@ -77,7 +77,7 @@ def _add_to_weight(graph: fx.Graph, child: str, adapter: Adapter) -> None:
     for weight in weight_nodes(graph, _parameter(child, adapter)):
         users = list(weight.users)
         with graph.inserting_before(weight.next):
-            update = _insert_adapter(graph, adapter_graph, child, {})
+            update = insert_module(graph, adapter_graph, child, {})
             update = graph.call_method("type_as", (update, weight))
             total = graph.call_function(operator.add, (weight, update))
         for user in users:

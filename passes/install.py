@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 
 from lora2fx.adapter import Adapter
 from lora2fx.errors import RewriteError
+from lora2fx.insert import Insert
 from lora2fx.passes.recurrent import FLAT_WEIGHTS
 from lora2fx.program import drop_attribute, keep_attribute
 
@@ -163,7 +164,7 @@ def rewritten_path(root: nn.Module, adapter: Adapter) -> str:
 def restore_module(module: nn.Module) -> None:
     """Give one module its class or graph back and take its own adapters away; parameters stay as they are."""
     owner: Any = module
-    for name in [name for name, child in module.named_children() if isinstance(child, Adapter)]:
+    for name in [name for name, child in module.named_children() if isinstance(child, (Adapter, Insert))]:
         delattr(module, name)
     if isinstance(module, Adapted):
         owner.__class__ = owner.original_class

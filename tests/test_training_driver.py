@@ -454,7 +454,7 @@ def test_a_schedule_longer_than_the_run_is_refused():
 
 def test_no_adapters_are_refused():
     with pytest.raises(AdapterError, match="no adapters to attach"):
-        Attachment([], Training(), torch.optim.SGD([torch.zeros(1)], lr=1.0), 3)
+        Attachment([], METHOD.training(), torch.optim.SGD([torch.zeros(1)], lr=1.0), 3)
 
 
 def test_partitioned_parameters_are_refused():

@@ -27,7 +27,7 @@ def check_ranks(adapters: Sequence[Adapter], group: dist.ProcessGroup | None = N
 
     Costs one exchange of eight bytes. Nothing happens outside `torch.distributed`.
     """
-    if not dist.is_available() or not dist.is_initialized():
+    if not adapters or not dist.is_available() or not dist.is_initialized():
         return
     own = torch.tensor([mask_digest(adapters)], device=adapters[0].progress.device)
     found = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]

@@ -24,7 +24,8 @@ from lora2fx.training.progress import (
     adapter_list,
     check_total,
     count,
-    read_progress,
+    new_counter,
+    read_counters,
     schedule_status,
     set_total,
 )
@@ -57,6 +58,9 @@ class Attachment:
     Raises `AdapterError` (attached already, parameters the optimizer doesn't hold) and `ScheduleError` (a schedule
     that doesn't fit, another run's length, LBFGS); then nothing is attached.
 
+    A baseline has no adapters: its steps are counted, and kept from non-finite gradients, and that is all; the count
+    is then the attachment's own, and starts anew in a resumed run.
+
     `scaler` is the loop's `GradScaler`, if it has one: an unfused optimizer isn't called on overflow, and such steps
     must be counted too. `evaluate` is for methods that score on a validation batch (ALoRA): set it to a function that
     returns -loss. `stepped` counts how often this process' optimizer was called.
@@ -73,15 +77,16 @@ class Attachment:
         self.adapters = adapter_list(adapters)
         self.training = training
         self.total_steps = total_steps
-        if not self.adapters:
+        if not self.adapters and training != Training(groups=training.groups):
             raise AdapterError("there are no adapters to attach: call lora2fx.transform(model, ...) first.")
+        self._own_counter = new_counter()
         self.optimizer = stepping_optimizer(optimizer)
         check_length(total_steps)
         _refuse_attached(self.adapters)
         for adapter in self.adapters:
             refuse_partitioned(adapter)
         refuse_uncovered(self.adapters, self.optimizer)
-        progress = read_progress(self.adapters)
+        progress = read_counters(self._counters)
         if progress.done or progress.skipped:
             check_total(progress, total_steps)
         for allocator in training.allocators:
@@ -98,7 +103,7 @@ class Attachment:
         if self.step == 0:
             for allocator in self.training.allocators:
                 allocator.begin(self.adapters, self.total_steps)
-        set_total(self.adapters, self.total_steps)
+        set_total(self._counters, self.total_steps)
         for adapter in self.adapters:
             _ATTACHED[adapter] = ref(self)
         self._undo = [
@@ -116,14 +121,19 @@ class Attachment:
             _ATTACHED.pop(adapter, None)
 
     @property
+    def _counters(self) -> list[Tensor]:
+        """The `progress` of every adapter, read anew each time: a checkpoint or a device may replace them."""
+        return [adapter.progress for adapter in self.adapters] or [self._own_counter]
+
+    @property
     def step(self) -> int:
         """Optimiser steps done, skipped ones not counted."""
-        return read_progress(self.adapters).done
+        return read_counters(self._counters).done
 
     @property
     def skipped(self) -> int:
         """Steps that a non-finite gradient turned into nothing."""
-        return read_progress(self.adapters).skipped
+        return read_counters(self._counters).skipped
 
     @property
     def penalty(self) -> float | None:
@@ -145,13 +155,15 @@ class Attachment:
     @property
     def active(self) -> int:
         """Entries that the last allocation kept on the first shortened axis (the ranks where none is)."""
+        if not self.adapters:
+            return 0
         name = next(iter(self.budgets), None) or next(iter(self.adapters[0].axes()))
         axes = [adapter.axes()[name] for adapter in self.adapters]
         return sum(int((axis.mask & axis.keep).sum()) for axis in axes)
 
     def skip(self, steps: int = 1) -> None:
         """Count steps that never came to the optimizer, where `scaler` was not given."""
-        count(self.adapters, skipped=steps)
+        count(self._counters, skipped=steps)
 
     def check_ranks(self, group: ProcessGroup | None = None) -> None:
         """Raise `AdapterError` where the processes' masks differ; every one of them must call it."""
@@ -189,7 +201,7 @@ class Attachment:
         if self._idle:
             return
         # Progress is read anew every step: a checkpoint may have been loaded since the last.
-        bad, progress = read_step(parameters, self.optimizer, self.adapters[0].progress)
+        bad, progress = read_step(parameters, self.optimizer, self._counters[0])
         check_total(Progress(*progress), self.total_steps)
         if bad:
             self._withhold(parameters)
@@ -227,8 +239,8 @@ class Attachment:
         for parameter, gradient in withheld:
             parameter.grad = gradient
         if step is None:
-            count(self.adapters, skipped=1)
+            count(self._counters, skipped=1)
             return
         for allocator in self.training.allocators:
             allocator.after_step(self.adapters, step)
-        count(self.adapters, done=1)
+        count(self._counters, done=1)

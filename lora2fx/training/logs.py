@@ -34,7 +34,7 @@ def log_values(attachment: Attachment) -> dict[str, float]:
         values["penalty"] = attachment.penalty
     for name, budget in attachment.budgets.items():
         values[f"{name}_budget"] = budget
-    for name in attachment.adapters[0].axes():
+    for name in attachment.adapters[0].axes() if attachment.adapters else ():
         axes = [adapter.axes()[name] for adapter in attachment.adapters]
         values[f"{name}_active"] = sum(int((axis.mask & axis.keep).sum()) for axis in axes)
         found = _importance(attachment, name)

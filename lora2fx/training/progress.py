@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from lora2fx.adapter import Adapter
 from lora2fx.errors import AdapterError, ScheduleError
@@ -27,9 +28,19 @@ def adapter_list(adapters: Adapters) -> tuple[Adapter, ...]:
     return tuple(adapters.values() if isinstance(adapters, Mapping) else adapters)
 
 
+def new_counter() -> Tensor:
+    """A `progress` of its own, for a run that has no adapters."""
+    return torch.zeros(3, dtype=torch.int64)
+
+
 def read_progress(adapters: Sequence[Adapter]) -> Progress:
     """The adapters' progress. Raises `AdapterError` where they disagree, as after loading half a checkpoint."""
-    found = {Progress(*adapter.progress.tolist()) for adapter in adapters}
+    return read_counters([adapter.progress for adapter in adapters])
+
+
+def read_counters(counters: Sequence[Tensor]) -> Progress:
+    """The same of the `progress` buffers themselves."""
+    found = {Progress(*counter.tolist()) for counter in counters}
     if len(found) != 1:
         steps = ", ".join(str(progress.done) for progress in sorted(found))
         raise AdapterError(
@@ -49,17 +60,16 @@ def check_total(progress: Progress, total_steps: int) -> None:
 
 
 @torch.no_grad()
-def count(adapters: Sequence[Adapter], done: int = 0, skipped: int = 0) -> None:
-    """Add to every adapter's progress."""
-    progress = [adapter.progress for adapter in adapters]
-    steps = {device: torch.tensor([done, 0, skipped], device=device) for device in {own.device for own in progress}}
-    torch._foreach_add_(progress, [steps[own.device] for own in progress])
+def count(counters: Sequence[Tensor], done: int = 0, skipped: int = 0) -> None:
+    """Add to every counter."""
+    steps = {device: torch.tensor([done, 0, skipped], device=device) for device in {own.device for own in counters}}
+    torch._foreach_add_(list(counters), [steps[own.device] for own in counters])
 
 
-def set_total(adapters: Sequence[Adapter], total_steps: int) -> None:
-    """Write the run's length into every adapter's progress."""
-    for adapter in adapters:
-        adapter.progress[1] = total_steps
+def set_total(counters: Sequence[Tensor], total_steps: int) -> None:
+    """Write the run's length into every counter."""
+    for counter in counters:
+        counter[1] = total_steps
 
 
 def schedule_status(adapters: Adapters, training: Training) -> str | None:
