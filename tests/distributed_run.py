@@ -47,6 +47,7 @@ def worker(rank, kind, method, path):
     optimizer = adamw(model)
     attachment = attach(model, optimizer, method)
     found = train(model, forward, optimizer, attachment, 2, rank)
+    dist.barrier()  # one that leaves first may take gloo's threads down with an abort
     dist.destroy_process_group()
     return found
 

@@ -215,3 +215,22 @@ def flat(rank: int) -> str:
 
     model = FullyShardedDataParallel(adapted(), use_orig_params=True, device_id=torch.device("cpu"))
     return refusal(lora2fx.attach, model, adamw(model), STEPS)
+
+
+def trainer(rank: int, folder: str) -> dict[str, torch.Tensor]:
+    """Hugging Face's Trainer, in the environment that torchrun makes; half the rows a process."""
+    from transformers import Trainer
+
+    from lora2fx.integrations.transformers import attach
+    from tests import loops
+
+    setting = loops.Setting(clip=0.5)
+    model = loops.adapted(setting)
+    rows = loops.ROWS // dist.get_world_size()
+    arguments = loops.arguments(setting, folder, per_device_train_batch_size=rows, ddp_backend="gloo")
+    driven = Trainer(model, arguments, train_dataset=loops.rows(setting))
+    attach(driven)
+    driven.train()
+    assert arguments.world_size == dist.get_world_size() == 2
+    assert isinstance(driven.model_wrapped, DistributedDataParallel)
+    return state(model)

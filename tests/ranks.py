@@ -26,6 +26,7 @@ def worker(rank: int, world: int, folder: Path, task: Callable[..., Any], argume
             "gloo", init_method=f"file://{folder}/{task.__name__}.store", rank=rank, world_size=world
         )
         torch.save(task(rank, *arguments), folder / f"{task.__name__}.{rank}")
+        dist.barrier()  # a process that leaves first takes gloo's threads down with an abort, now and then
         dist.destroy_process_group()
     except BaseException:
         (folder / f"{task.__name__}.{rank}.error").write_text(traceback.format_exc())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary, ref
@@ -37,10 +38,16 @@ __all__ = ["Attachment", "schedule_status"]
 _ATTACHED: WeakKeyDictionary[Adapter, ref[Attachment]] = WeakKeyDictionary()
 
 
+def _is_attached(adapter: Adapter) -> bool:
+    found = _ATTACHED.get(adapter)
+    return found is not None and found() is not None
+
+
 def _refuse_attached(adapters: tuple[Adapter, ...]) -> None:
+    if any(_is_attached(adapter) for adapter in adapters):
+        gc.collect()  # an optimizer that nobody holds any more, as after running a notebook's cell again
     for adapter in adapters:
-        found = _ATTACHED.get(adapter)
-        if found is not None and found() is not None:
+        if _is_attached(adapter):
             raise AdapterError(
                 f"the adapter of {adapter.site.weight} is attached already; a second attachment would prune twice a"
                 " step. Call .detach() on the first."
