@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from torch.utils.data.distributed import DistributedSampler
 
 import lora2fx
 from lora2fx.errors import Lora2fxError
@@ -234,3 +237,22 @@ def trainer(rank: int, folder: str) -> dict[str, torch.Tensor]:
     assert arguments.world_size == dist.get_world_size() == 2
     assert isinstance(driven.model_wrapped, DistributedDataParallel)
     return state(model)
+
+
+def fitted(rank: int, folder: str) -> dict[str, torch.Tensor]:
+    """Lightning's DDP, in the environment that torchrun makes; each process gets every other row."""
+    from lora2fx.integrations.lightning import attach
+    from tests import loops
+
+    os.environ["TORCHELASTIC_RUN_ID"] = "none"
+    setting = loops.Setting(clip=0.5)
+    world, rows = dist.get_world_size(), loops.rows(setting)
+    driven, module, _ = loops.lightning_parts(
+        setting, folder, strategy="ddp", devices=world, use_distributed_sampler=False
+    )
+    attach(driven)
+    # Lightning's own sampler shuffles.
+    sampler = DistributedSampler(rows, shuffle=False)
+    driven.fit(module, DataLoader(rows, loops.ROWS // world, sampler=sampler))
+    assert driven.world_size == dist.get_world_size() == 2
+    return state(module.model)

@@ -1,4 +1,4 @@
-"""The Trainer in two processes ends where it ends in one."""
+"""The Trainers of transformers and Lightning in two processes end where a plain loop ends in one."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ from tests.ranks import run_ranks
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the processes are forked from a warm one")
 
 
-def test_two_processes_are_one(tmp_path):
-    first, second = run_ranks(distributed_tasks.trainer, tmp_path, str(tmp_path))
+@pytest.mark.parametrize(
+    "task", [distributed_tasks.trainer, distributed_tasks.fitted], ids=["transformers", "lightning"]
+)
+def test_two_processes_are_one(task, tmp_path):
+    first, second = run_ranks(task, tmp_path, str(tmp_path))
     expected = loops.state(loops.plain(loops.Setting(clip=0.5)))
     assert first.keys() == expected.keys()
     for name, value in expected.items():
