@@ -169,3 +169,15 @@ def test_numbers_for_any_logger():
     bare = lora2fx.transform(torch.nn.Linear(4, 4), "all-linear", lora2fx.LoRA(r=2), example_inputs=(torch.ones(2, 4),))
     attachment = lora2fx.attach(bare, adamw(bare), STEPS)
     assert set(log_values(attachment)) == {f"lora2fx/{name}" for name in ("steps", "skipped_steps", "rank_active")}
+
+
+def test_changing_masks_recompiles_nothing():
+    torch._dynamo.reset()
+    model = adapted(Setting(compiled=True))
+    optimizer = adamw(model)
+    attachment = lora2fx.attach(model, optimizer, STEPS)
+    before = attachment.active
+    run(model, optimizer, 1)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        run(model, optimizer, STEPS - 1)
+    assert attachment.active < before
