@@ -202,9 +202,9 @@ def every_method(rank: int) -> dict[str, dict[str, torch.Tensor]]:
     return found
 
 
-def apart(rank: int) -> str:
-    """Nothing averages the gradients."""
-    model = adapted()
+def apart(rank: int, staged: bool) -> str:
+    """Nothing averages the gradients; `staged`, each process adapts other weights, as it may."""
+    model = lora2fx.transform(base(), ["up" if rank and staged else "down"], METHOD, seed=1, verify=False)
     optimizer = adamw(model)
     attachment = lora2fx.attach(model, optimizer, STEPS)
     attachment.check_ranks()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -12,31 +12,43 @@ from lora2fx.adapter import Adapter
 from lora2fx.errors import AdapterError
 
 
-def mask_digest(adapters: Sequence[Adapter]) -> int:
-    """63 bits of SHA-256 over every adapter's progress, masks and last allocation."""
-    found = hashlib.sha256()
+def _digest(parts: Iterable[bytes]) -> int:
+    """63 bits of SHA-256."""
+    return int.from_bytes(hashlib.sha256(b"/".join(parts)).digest()[:8], "big") >> 1
+
+
+def _sites(adapters: Sequence[Adapter]) -> Iterator[bytes]:
     for adapter in adapters:
-        found.update(f"{adapter.site.weight} {adapter.progress.tolist()}".encode())
+        yield f"{adapter.site.weight} {adapter.site.columns}".encode()
+
+
+def _masks(adapters: Sequence[Adapter]) -> Iterator[bytes]:
+    for adapter in adapters:
+        yield str(adapter.progress.tolist()).encode()
         for axis in adapter.axes().values():
-            found.update(bytes(axis.mask.tolist()) + b"/" + bytes(axis.keep.tolist()))
-    return int.from_bytes(found.digest()[:8], "big") >> 1
+            yield bytes(axis.mask.tolist())
+            yield bytes(axis.keep.tolist())
 
 
 def check_ranks(adapters: Sequence[Adapter], group: dist.ProcessGroup | None = None) -> None:
     """Raise `AdapterError` on every process of the group where their masks differ; all of them must call it.
 
-    Costs one exchange of eight bytes. Nothing happens outside `torch.distributed`.
+    Processes that adapt other weights, as the stages of a pipeline do, are compared among themselves. Costs one
+    exchange of 16 bytes. Nothing happens outside `torch.distributed`.
     """
-    if not adapters or not dist.is_available() or not dist.is_initialized():
+    if not dist.is_available() or not dist.is_initialized():
         return
-    own = torch.tensor([mask_digest(adapters)], device=adapters[0].progress.device)
+    own = torch.tensor([_digest(_sites(adapters)), _digest(_masks(adapters))], device=adapters[0].progress.device)
     found = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
     dist.all_gather(found, own, group=group)
-    digests = [int(value) for value in found]
-    odd = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+    first: dict[int, tuple[int, int]] = {}
+    odd: dict[int, int] = {}
+    for rank, (sites, masks) in enumerate(value.tolist() for value in found):
+        if first.setdefault(sites, (rank, masks))[1] != masks:
+            odd[rank] = first[sites][0]
     if odd:
+        pairs = ", ".join(f"rank {rank} from rank {other}" for rank, other in odd.items())
         raise AdapterError(
-            f"the masks of rank {', '.join(map(str, odd))} differ from those of rank 0: the processes were trained on"
-            " gradients that nothing averaged. Put the model into DistributedDataParallel or fully_shard, and start"
-            " every process from the same weights."
+            f"the masks of these processes differ: {pairs}. They were trained on gradients that nothing averaged. Put"
+            " the model into DistributedDataParallel or fully_shard, and start every process from the same weights."
         )
