@@ -18,7 +18,7 @@ def staging(folder: Path) -> Iterator[Path]:
 
     `folder` is made where it is missing, with its parents, and taken away again if nothing was published in it.
     """
-    made = _make_folders(folder)
+    made = make_folders(folder)
     aside = Path(tempfile.mkdtemp(prefix=".lora2fx-", dir=folder))
     try:
         yield aside
@@ -36,7 +36,7 @@ def publish(files: Mapping[Path, Path]) -> None:
     """
     for staged in files:
         os.chmod(staged, usual_mode(staged.parent))
-        _sync(staged)
+        sync(staged)
     added: list[Path] = []
     try:
         for staged, place in files.items():
@@ -59,7 +59,7 @@ def publish_folder(staged: Path, place: Path, owned: frozenset[str]) -> None:
     check_folder(place, owned)
     for file in sorted(staged.iterdir()):
         os.chmod(file, usual_mode(staged.parent))
-        _sync(file)
+        sync(file)
     sync_folder(staged)
     os.chmod(staged, usual_mode(staged.parent) | 0o111)
     earlier = staged.parent / "earlier"
@@ -103,14 +103,16 @@ def usual_mode(folder: Path) -> int:
         probe.unlink()
 
 
-def _make_folders(folder: Path) -> list[Path]:
+def make_folders(folder: Path) -> list[Path]:
+    """Make the folder and its parents; those that were missing, outermost first."""
     missing = [parent for parent in (folder, *folder.parents) if not parent.exists()][::-1]
     for parent in missing:
         parent.mkdir()
     return missing
 
 
-def _sync(file: Path) -> None:
+def sync(file: Path) -> None:
+    """Wait until the file's bytes are on the disk."""
     handle = os.open(file, os.O_RDWR)
     try:
         os.fsync(handle)
@@ -119,6 +121,7 @@ def _sync(file: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
+    """Wait until the folder's names are on the disk."""
     """Have the names in a folder reach the disk."""
     if os.name == "nt":  # Windows can't open a folder; its renames are journalled
         return

@@ -10,12 +10,15 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import lora2fx
 from lora2fx.analysis import analyse
 from lora2fx.errors import Lora2fxError
 from lora2fx.passes.match import match_sites
+from lora2fx.passes.rounding import Rounding
 from lora2fx.sources import Source, SourceError, load_source
+from lora2fx.streaming import fold_checkpoint
 
 MODEL_HELP = "a local Hugging Face folder, or package.module:factory (returns a model, or model and example inputs)"
 Command = Callable[[argparse.Namespace], None]
@@ -61,21 +64,32 @@ def _write_folder(save: Callable[[Path], None], base: Path, out: Path) -> None:
         folder = Path(scratch) / "model"
         save(folder)
         for path in base.iterdir():
-            if path.suffix in {".json", ".txt", ".model", ".jinja"} and not (folder / path.name).exists():
+            wanted = path.suffix in {".json", ".txt", ".model", ".jinja"} and not path.name.endswith(".index.json")
+            if wanted and not (folder / path.name).exists():
                 shutil.copyfile(path, folder / path.name)
         folder.replace(out)
+
+
+def _fold_loaded(options: argparse.Namespace, base: Path, out: Path) -> None:
+    """Build the model, fold it, save it as transformers does."""
+    source = _source(options.base, options)
+    lora2fx.load(source.model, options.adapter, allow_other_base=options.allow_other_base)
+    save = getattr(source.model, "save_pretrained", None)
+    if save is None:
+        raise SourceError(f"{base} is no transformers model; lora2fx export --safetensors writes its merged weights.")
+    print(lora2fx.fold(source.model, rounding=options.rounding))
+    _write_folder(save, base, out)
 
 
 def _fold(options: argparse.Namespace) -> None:
     base, out = Path(options.base), Path(options.out)
     if out.exists():
         raise SourceError(f"--out {out} is there already; name a new folder.")
-    source = _adapted(options)
-    save = getattr(source.model, "save_pretrained", None)
-    if save is None:
-        raise SourceError(f"{base} is no transformers model; lora2fx export --safetensors writes its merged weights.")
-    print(lora2fx.fold(source.model))
-    _write_folder(save, base, out)
+    if options.as_class is None and base.is_dir():
+        allowed = options.allow_other_base
+        print(fold_checkpoint(base, options.adapter, out, rounding=options.rounding, allow_other_base=allowed))
+    else:
+        _fold_loaded(options, base, out)
     print(f"Written to {out}")
 
 
@@ -129,9 +143,21 @@ def build_parser() -> argparse.ArgumentParser:
     _add_class(inspect)
     inspect.set_defaults(run=_inspect)
 
-    fold = commands.add_parser("fold", help="merge an adapter into its base: a plain model folder")
+    fold = commands.add_parser(
+        "fold",
+        help="merge an adapter into its base: a plain model folder",
+        description="Merge an adapter into its base folder, tensor by tensor, without loading the model; a run that was"
+        " cut off is gone on with. With --as the model is loaded and saved as that class instead.",
+    )
     _add_adapted(fold)
     fold.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="a folder that is not there yet")
+    fold.add_argument(
+        "--rounding",
+        choices=get_args(Rounding),
+        default="nearest",
+        help="of 16-bit weights: adapter keeps small updates that nearest loses (default: %(default)s)",
+    )
+    fold.add_argument("--allow-other-base", action="store_true", help="merge into weights other than those of training")
     fold.set_defaults(run=_fold)
 
     export = commands.add_parser("export", help="write an adapted model as ONNX, merged safetensors, or plain LoRA")

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TypeVar
@@ -21,10 +20,11 @@ from lora2fx.passes.merging import site_weight
 from lora2fx.program import Method, Program, Record, program_of, refuse_baseline
 from lora2fx.reports import Report
 from lora2fx.sharding import one_writer, whole
-from lora2fx.storage_files import MANIFEST, PAYLOAD, read_manifest, read_payload, seal, tensor_digest, write_files
-from lora2fx.storage_format import SCHEMA, Manifest, SavedSite, check_against_model, parse_manifest
-from lora2fx.storage_method import METHODS, decode_method, encode_method
-from lora2fx.storage_tensors import adapter_tensors, check_names, check_tensor, saved_adapter
+from lora2fx.storage_adapters import read_adapters, read_description
+from lora2fx.storage_files import MANIFEST, PAYLOAD, tensor_digest, write_files
+from lora2fx.storage_format import SCHEMA, Manifest, SavedSite, check_against_model
+from lora2fx.storage_method import encode_method
+from lora2fx.storage_tensors import adapter_tensors, check_names, check_tensor
 from lora2fx.training.progress import read_progress
 
 M = TypeVar("M", bound=nn.Module)
@@ -54,6 +54,22 @@ def _saved_tensors(program: Program) -> dict[str, Tensor]:
     return copied
 
 
+def _saved_site(program: Program, adapter: Adapter) -> SavedSite:
+    padding = None if adapter.padding is None else int(adapter.padding)
+    digest = tensor_digest(whole(site_weight(program, adapter)))
+    return SavedSite(adapter.site, str(adapter.rewrite), digest, padding)
+
+
+def _untied_names(program: Program) -> dict[str, list[str]]:
+    """By adapted weight that was tied the other names of what it was tied to, adapted ones too."""
+    untied = program.record.untied
+    names = [(name, value) for name, value in program.root.named_parameters(remove_duplicate=False)]
+    return {
+        weight: sorted({name for name, value in (*names, *untied.items()) if value is shared and name != weight})
+        for weight, shared in untied.items()
+    }
+
+
 def save(model: nn.Module, folder: Folder) -> Report:
     """Write the adapters of `model`, and the modules trained whole, to `folder`: adapter.safetensors and adapter.json.
 
@@ -66,10 +82,7 @@ def save(model: nn.Module, folder: Folder) -> Report:
     program = program_of(model, "save")
     refuse_baseline(program, "save")
     adapters = program.adapters
-    sites = [
-        SavedSite(adapter.site, str(adapter.rewrite), tensor_digest(whole(site_weight(program, adapter))))
-        for adapter in adapters.values()
-    ]
+    sites = [_saved_site(program, adapter) for adapter in adapters.values()]
     manifest = {
         "schema": SCHEMA,
         "lora2fx": version("lora2fx"),
@@ -77,7 +90,7 @@ def save(model: nn.Module, folder: Folder) -> Report:
         "sites": [saved.to_dict() for saved in sites],
         "progress": list(read_progress(list(adapters.values()))) if adapters else [0, 0, 0],
         "modules_to_save": list(program.record.modules_to_save),
-        "untied": list(program.record.untied),
+        "untied": _untied_names(program),
     }
     place, tensors = Path(folder), _saved_tensors(program)
     with one_writer(model) as writes:
@@ -107,30 +120,6 @@ def _check_ties(manifest: Manifest, ties: dict[str, tuple[str, ...]]) -> None:
             )
 
 
-def _grouped(tensors: Mapping[str, Tensor], paths: Collection[str]) -> dict[str, dict[str, Tensor]]:
-    """By adapter its tensors; under "" those of no adapter, by their full name."""
-    groups: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    for name, tensor in tensors.items():
-        parts = name.split(".")
-        heads = (".".join(parts[:cut]) for cut in range(len(parts) - 1, 0, -1))
-        path = next((head for head in heads if head in paths), "")
-        groups[path][name.removeprefix(path + ".") if path else name] = tensor
-    return groups
-
-
-def _adapters(
-    manifest: Manifest, method: Method, model: nn.Module, groups: Mapping[str, Mapping[str, Tensor]]
-) -> dict[str, Adapter]:
-    """The saved adapters, every tensor checked."""
-    found: dict[str, Adapter] = {}
-    for saved in manifest.sites:
-        path = saved.adapter
-        own = groups.get(path, {})
-        device = model.get_parameter(saved.site.weight).device
-        found[path] = saved_adapter(path, method, saved.site, own, manifest.progress, device)
-    return found
-
-
 def _install(model: nn.Module, manifest: Manifest, method: Method, adapters: dict[str, Adapter]) -> None:
     trainable = frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad)
     ties = tied_weights(model)
@@ -156,24 +145,21 @@ def load(model: M, folder: Folder, *, allow_other_base: bool = False, methods: S
     """
     refuse_adapted(model, "load")
     place = Path(folder)
-    found = read_manifest(place)
-    manifest = parse_manifest(found)
-    method = decode_method(manifest.method, (*methods, *METHODS))
+    described = read_description(place, methods)
+    manifest = described.manifest
     check_against_model(manifest, model)
     _check_ties(manifest, tied_weights(model))
-    tensors = read_payload(place, manifest.bytes, manifest.sha256, seal(found))
-    groups = _grouped(tensors, {saved.adapter for saved in manifest.sites})
+    devices = {saved.site.weight: model.get_parameter(saved.site.weight).device for saved in manifest.sites}
     if not allow_other_base:
         _check_base(manifest, model)
-    adapters = _adapters(manifest, method, model, groups)
+    adapters, trained = read_adapters(place, described, devices)
     heads = _head_tensors(model, manifest.modules_to_save)
-    trained = groups.get("", {})
     check_names("modules_to_save", trained, set(heads))
     for name, head in heads.items():
         check_tensor(name, trained[name], tuple(head.shape), head.dtype)
     with all_or_nothing(model):
         try:
-            _install(model, manifest, method, adapters)
+            _install(model, manifest, described.method, adapters)
         except Exception as error:
             raise FormatError(f"the saved rewrites don't fit this model: {type(error).__name__}: {error}") from error
         with torch.no_grad():

@@ -14,18 +14,20 @@ from lora2fx.site import ROLES, Layout, Site
 
 SCHEMA = 1
 _TOP = {"schema", "lora2fx", "method", "sites", "progress", "modules_to_save", "untied", "payload"}
-_SITE = {"weight", "owner", "parameter", "shape", "layout", "role", "evidence", "columns", "rewrite", "sha256"}
+_SITE = {"weight", "owner", "parameter", "shape", "layout", "role", "evidence", "columns"}
+_SAVED = _SITE | {"rewrite", "padding", "sha256"}
 _LONGEST = 4096
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
 class SavedSite:
-    """A site with its rewrite and the digest of its base weight."""
+    """A site with its rewrite, the digest of its base weight, and the row of an embedding that stays as it is."""
 
     site: Site
     rewrite: str
     sha256: str
+    padding: int | None = None
 
     @property
     def adapter(self) -> str:
@@ -34,18 +36,21 @@ class SavedSite:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON."""
-        return asdict(self.site) | {"rewrite": self.rewrite, "sha256": self.sha256}
+        return asdict(self.site) | {"rewrite": self.rewrite, "padding": self.padding, "sha256": self.sha256}
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """adapter.json, its structure checked; `method` and names still have to fit a method and a model."""
+    """adapter.json, its structure checked; `method` and names still have to fit a method and a model.
+
+    `untied` are the adapted weights that were tied, each with the other names of what it was tied to.
+    """
 
     method: dict[str, Any]
     sites: tuple[SavedSite, ...]
     progress: tuple[int, int, int]
     modules_to_save: tuple[str, ...]
-    untied: tuple[str, ...]
+    untied: dict[str, tuple[str, ...]]
     bytes: int
     sha256: str
 
@@ -123,7 +128,7 @@ def _choice(where: str, found: Any, choices: tuple[str, ...]) -> str:
 
 
 def _site(where: str, found: Any) -> SavedSite:
-    entry = _keys(where, found, _SITE)
+    entry = _keys(where, found, _SAVED)
     weight, owner, parameter = (_text(f"{where}.{name}", entry[name]) for name in ("weight", "owner", "parameter"))
     if weight != f"{owner}.{parameter}".lstrip(".") or "." in parameter or not parameter:
         raise _refuse(f"{where}.weight", weight, f"{owner!r} and {parameter!r} joined")
@@ -134,7 +139,16 @@ def _site(where: str, found: Any) -> SavedSite:
     if columns and columns[-1][1] > site.weight_out_features:
         raise _refuse(f"{where}.columns", entry["columns"], f"within {site.weight_out_features} output columns")
     rewrite = _choice(f"{where}.rewrite", entry["rewrite"], REWRITES)
-    return SavedSite(site, rewrite, _hash(f"{where}.sha256", entry["sha256"]))
+    padding = None if entry["padding"] is None else _count(f"{where}.padding", entry["padding"])
+    if padding is not None and (site.layout.contracted != (0,) or padding >= site.in_features):
+        raise _refuse(f"{where}.padding", padding, f"null, or a row of {site.in_features} of an embedding")
+    return SavedSite(site, rewrite, _hash(f"{where}.sha256", entry["sha256"]), padding)
+
+
+def _untied(found: Any) -> dict[str, tuple[str, ...]]:
+    if not isinstance(found, dict):
+        raise _refuse("untied", found, "an object")
+    return {_text("untied", weight): _names(f"untied[{weight!r}]", names) for weight, names in found.items()}
 
 
 def parse_manifest(found: Any) -> Manifest:
@@ -160,7 +174,7 @@ def parse_manifest(found: Any) -> Manifest:
         sites,
         (progress[0], progress[1], progress[2]),
         _names("modules_to_save", top["modules_to_save"]),
-        _names("untied", top["untied"]),
+        _untied(top["untied"]),
         _count("payload.bytes", payload["bytes"]),
         _hash("payload.sha256", payload["sha256"]),
     )

@@ -35,7 +35,7 @@ def _refuse_inserts(program: Program) -> None:
         )
 
 
-def _check_schedule(program: Program, strict: bool) -> str | None:
+def check_schedule(program: Program, strict: bool) -> str | None:
     """Why the schedule is not at its end, None where it is; `ScheduleError` where it must be."""
     status = schedule_status(list(program.adapters.values()), program.method.training())
     if status is not None and strict:
@@ -46,7 +46,7 @@ def _check_schedule(program: Program, strict: bool) -> str | None:
     return status
 
 
-def _finished(program: Program) -> Program:
+def finished(program: Program) -> Program:
     """The program with copies of its adapters in which the last allocation took effect."""
     allocators = program.method.training().allocators
     if not allocators or not program.adapters:
@@ -57,7 +57,7 @@ def _finished(program: Program) -> Program:
     return replace(program, adapters=copied)
 
 
-def _warn_unfinished(status: str, counts: Mapping[str, Any]) -> None:
+def warn_unfinished(status: str, counts: Mapping[str, Any]) -> None:
     """Say what is folded: what the last allocation keeps, and what the whole schedule would have kept."""
     budgets = counts["budgets"]
     kept = ", ".join(
@@ -78,7 +78,8 @@ def lost_adaptation(sites: Iterable[Mapping[str, Any]]) -> float:
     return hypot(*(lost * norm for lost, norm in known)) / size if size else 0.0
 
 
-def _warn_lost(lost: float) -> None:
+def warn_lost(lost: float) -> None:
+    """A `Lora2fxWarning` where rounding took more than `LOST` of the adaptation."""
     if lost > LOST:
         warnings.warn(
             f"fold: rounding to the weights' dtype took {lost:.0%} of the adaptation, ΔW being small beside the dtype's"
@@ -108,14 +109,14 @@ def fold_adapters(program: Program, strict: bool = True, rounding: Rounding = "n
     """
     check_rounding(rounding)
     _refuse_inserts(program)
-    status = _check_schedule(program, strict)
-    finished = _finished(program)
-    found = merges(finished)
+    status = check_schedule(program, strict)
+    ended = finished(program)
+    found = merges(ended)
     check_merges(found)
-    entries = {name: adapter_entry(name, adapter) for name, adapter in finished.adapters.items()}
-    counts = totals(finished)
+    entries = {name: adapter_entry(name, adapter) for name, adapter in ended.adapters.items()}
+    counts = totals(ended)
     if status is not None:
-        _warn_unfinished(status, counts)
+        warn_unfinished(status, counts)
     written: dict[str, dict[str, Any]] = {}
     for merge in found:
         written |= write_measured(merge, rounding, seed)
@@ -126,5 +127,5 @@ def fold_adapters(program: Program, strict: bool = True, rounding: Rounding = "n
         "modules_to_save": list(program.record.modules_to_save),
     }
     sites = tuple(entry | written[name] for name, entry in entries.items())
-    _warn_lost(details["lost_adaptation"])
+    warn_lost(details["lost_adaptation"])
     return Report(f"fold {type(program.root).__name__}", sites, counts, program.record.verify, details)

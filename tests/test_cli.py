@@ -199,11 +199,15 @@ def test_sources_that_are_no_models_are_refused(factory: str, tmp_path: Path) ->
         load_source(str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    "options", [[], ["--as", "AutoModelForSequenceClassification"], ["--rounding", "adapter", "--allow-other-base"]]
+)
 def test_fold_writes_a_plain_folder_with_the_adapted_outputs(
-    base: Path, adapter: Path, adapted: nn.Module, tmp_path: Path
+    base: Path, adapter: Path, adapted: nn.Module, tmp_path: Path, options: list[str]
 ) -> None:
+    """Tensor by tensor, or through a model of the class that --as names."""
     out = tmp_path / "new" / "folded"
-    assert main(["fold", "--base", str(base), "--adapter", str(adapter), "--out", str(out)]) == 0
+    assert main(["fold", "--base", str(base), "--adapter", str(adapter), "--out", str(out), *options]) == 0
     folded = BertForSequenceClassification.from_pretrained(out).eval()
     plain = BertForSequenceClassification.from_pretrained(base).eval()
     with torch.no_grad():

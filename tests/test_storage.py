@@ -413,7 +413,7 @@ MALFORMED = {
     "a module to save that is missing": (put("modules_to_save", ["head", "tail"]), r"names 'tail', which is no module"),
     "the whole model as module to save": (put("modules_to_save", [""]), r"names '', which is no module"),
     "an adapted module to save": (put("modules_to_save", ["head", "conv"]), r"conv\.weight is both adapted and in mod"),
-    "an unadapted weight untied": (put("untied", ["head.weight"]), r"untied names 'head\.weight'"),
+    "an unadapted weight untied": (put("untied", {"head.weight": ["other.weight"]}), r"untied names 'head\.weight'"),
     "payload flipped": (payload(flipped), r"is not the file that adapter\.json was written with"),
     "payload cut short": (payload(lambda data: data[:-1]), r"is not the file that"),
     "payload longer": (payload(lambda data: data + b"0"), r"bytes where at most"),

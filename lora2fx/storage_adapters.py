@@ -1,0 +1,67 @@
+"""A saved folder → its description and its adapters, every file, name, shape, dtype and value checked; no model."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lora2fx.adapter import Adapter
+from lora2fx.program import Method
+from lora2fx.storage_files import read_manifest, read_payload, seal
+from lora2fx.storage_format import Manifest, parse_manifest
+from lora2fx.storage_method import METHODS, decode_method
+from lora2fx.storage_tensors import saved_adapter
+
+
+@dataclass(frozen=True)
+class Description:
+    """What adapter.json says, its method, and the digest that the tensors' file must carry of it."""
+
+    manifest: Manifest
+    method: Method
+    seal: str
+
+
+def read_description(folder: Path, methods: Sequence[type[Method]]) -> Description:
+    """Read adapter.json; `methods` are known beside lora2fx's own. Raises `FormatError`."""
+    found = read_manifest(folder)
+    manifest = parse_manifest(found)
+    return Description(manifest, decode_method(manifest.method, (*methods, *METHODS)), seal(found))
+
+
+def _grouped(tensors: Mapping[str, Tensor], paths: Collection[str]) -> dict[str, dict[str, Tensor]]:
+    """By adapter its tensors; under "" those of no adapter, by their full name."""
+    groups: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for name, tensor in tensors.items():
+        parts = name.split(".")
+        heads = (".".join(parts[:cut]) for cut in range(len(parts) - 1, 0, -1))
+        path = next((head for head in heads if head in paths), "")
+        groups[path][name.removeprefix(path + ".") if path else name] = tensor
+    return groups
+
+
+def read_adapters(
+    folder: Path, described: Description, devices: Mapping[str, torch.device]
+) -> tuple[dict[str, Adapter], dict[str, Tensor]]:
+    """The adapters by module path, and the tensors of the modules trained whole by name; not yet checked against any.
+
+    `devices` by weight, the CPU where there is none. Raises `FormatError`.
+    """
+    manifest = described.manifest
+    tensors = read_payload(folder, manifest.bytes, manifest.sha256, described.seal)
+    groups = _grouped(tensors, {saved.adapter for saved in manifest.sites})
+    found: dict[str, Adapter] = {}
+    for saved in manifest.sites:
+        path, device = saved.adapter, devices.get(saved.site.weight, torch.device("cpu"))
+        own = groups.get(path, {})
+        adapter = saved_adapter(path, described.method, saved.site, own, manifest.progress, device)
+        adapter.rewrite = saved.rewrite
+        if saved.padding is not None:
+            adapter.padding = torch.tensor([saved.padding], device=device)
+        found[path] = adapter
+    return found, groups.get("", {})
