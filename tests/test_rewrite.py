@@ -207,7 +207,7 @@ def test_dropout_where_no_activation_passes_is_refused_and_nothing_is_installed(
 def test_parametrized_weight_is_refused():
     model = nn.Sequential(torch.nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)))
     site = Site("0.parametrizations.weight.original1", "0.parametrizations.weight", "original1", (4, 4), OUT_IN)
-    with pytest.raises(RewriteError, match="already parametrized.*exclude="):
+    with pytest.raises(RewriteError, match=r"already parametrized.*exclude="):
         plan_rewrite(model, site)
 
 
