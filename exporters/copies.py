@@ -19,6 +19,7 @@ from lora2fx.dataflow.preserve import set_training
 from lora2fx.errors import AdapterError, ExportError
 from lora2fx.passes.fold import fold_adapters
 from lora2fx.passes.install import restore_owners
+from lora2fx.passes.tiles import Factors
 from lora2fx.passes.unload import unload_adapters
 from lora2fx.program import RECORD, Program, program_of
 from lora2fx.reports import Report
@@ -27,11 +28,12 @@ from lora2fx.sharding import refuse_sharded
 
 @dataclass(frozen=True)
 class Change:
-    """What the merge does to one weight: its value before, and ΔW (float64, the weight's shape) when asked for."""
+    """What the merge does to one weight: ΔW, and its rounding in units of the eps of the dtype, float64, when asked."""
 
     weight: str
     before: Tensor
     delta: Callable[[], Tensor]
+    rounding: Callable[[], Tensor]
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,10 @@ def changes_of(program: Program) -> tuple[Change, ...]:
     adapters: dict[str, list[Adapter]] = {}
     for adapter in program.adapters.values():
         adapters.setdefault(adapter.site.weight, []).append(adapter)
-    return tuple(Change(name, weights[name], functools.partial(_delta, adapters[name])) for name in adapters)
+    return tuple(
+        Change(name, weights[name], functools.partial(_delta, own), functools.partial(_rounding, weights[name], own))
+        for name, own in adapters.items()
+    )
 
 
 def check_finite(program: Program) -> None:
@@ -133,6 +138,16 @@ def bind_constants(model: nn.Module, constants: Mapping[str, Any]) -> None:
 def _delta(adapters: list[Adapter]) -> Tensor:
     with torch.no_grad():
         return sum((adapter.exact().weight_delta() for adapter in adapters[1:]), adapters[0].exact().weight_delta())
+
+
+@torch.no_grad()
+def _rounding(weight: Tensor, adapters: list[Adapter]) -> Tensor:
+    """The classical bound of a sum of k products and W, whatever its order: (k + 2)/2 · (|W| + |left·gate|·|right|)."""
+    factors = Factors([adapter.exact() for adapter in adapters], torch.float64)
+    factors.left.abs_()
+    factors.right.abs_()
+    reach = factors.tile(tuple(slice(0, size) for size in weight.shape)) + weight.detach().double().abs()
+    return reach.mul_((factors.left.shape[-1] + 2) / 2)
 
 
 def _saved(model: nn.Module, path: str) -> list[nn.Parameter]:

@@ -33,8 +33,8 @@ class _Expected:
     def update(self) -> tuple[Array, Array]:
         """ΔW, and how far rounding may leave each entry of the merged weight from before + ΔW; both float64."""
         delta: Array = self.change.delta().cpu().numpy()
-        reach = np.abs(self.before).astype(np.float64) + np.abs(delta).max(initial=0.0)
-        return delta, np.finfo(self.before.dtype).eps * reach
+        rounding: Array = self.change.rounding().cpu().numpy()
+        return delta, np.finfo(self.before.dtype).eps * rounding
 
     def mark(self, place: Place) -> None:
         order, part = place

@@ -19,6 +19,14 @@ METHOD = lora2fx.LoRA2(r=4, k=3, target_r=2, target_k=2, tinit=2, tfinal=4, delt
 RATE, DECAY = 0.05, 0.0  # the Trainer spares biases where there is a decay
 
 
+def forget():
+    """Drop all that accelerate keeps for the whole process, a loader that an earlier test left halfway among it."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
 @dataclass(frozen=True)
 class Setting:
     """What a loop is told; `overflow` makes the loss of the fifth step infinite."""

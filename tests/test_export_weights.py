@@ -30,11 +30,16 @@ def generator(seed: int) -> np.random.Generator:
     return np.random.default_rng(seed)
 
 
+def changing(name: str, before: torch.Tensor, delta: torch.Tensor) -> Change:
+    """A merge that rounds the sum once, or twice."""
+    return Change(name, before, lambda: delta, lambda: before.double().abs() + delta.abs())
+
+
 def weight(name: str, *shape: int, seed: int = 0) -> tuple[Change, np.ndarray]:
     """A change with a ΔW of 1e-3 of the weight, and the weight after it, rounded once."""
     before = generator(seed).normal(size=shape).astype(np.float32)
     delta = 1e-3 * generator(seed + 100).normal(size=shape)
-    change = Change(name, torch.from_numpy(before), lambda: torch.from_numpy(delta))
+    change = changing(name, torch.from_numpy(before), torch.from_numpy(delta))
     return change, (before.astype(np.float64) + delta).astype(np.float32)
 
 
@@ -84,7 +89,7 @@ def test_single_experts_are_found_in_their_stack():
 def test_unchanged_constants_and_updates_lost_in_rounding_pass():
     change, after = weight("a", 6, 8)
     other = Constant(np.ones(5, np.float32))
-    tiny = Change("b", torch.ones(4, 4), lambda: torch.full((4, 4), 1e-9, dtype=torch.float64))
+    tiny = changing("b", torch.ones(4, 4), torch.full((4, 4), 1e-9, dtype=torch.float64))
     pairs = [
         Pair("ones", other, other),
         pair(change, after),
@@ -95,7 +100,7 @@ def test_unchanged_constants_and_updates_lost_in_rounding_pass():
 
 def test_equal_weights_with_different_updates_are_told_apart():
     first, second = (
-        Change(n, torch.ones(3, 3), lambda s=s: s * torch.eye(3, dtype=torch.float64))
+        changing(n, torch.ones(3, 3), s * torch.eye(3, dtype=torch.float64))
         for n, s in (("a", 1.0), ("b", 2.0))
     )
     pairs = [

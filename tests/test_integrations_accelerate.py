@@ -5,22 +5,21 @@ from __future__ import annotations
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from torch.utils.data import DataLoader
 
 from lora2fx.errors import AdapterError
 from lora2fx.integrations.accelerate import attach
 from lora2fx.training.logs import log_values
-from tests.loops import MICRO, ROWS, STEPS, Setting, adapted, rows, scaler, state, trained
+from tests.loops import MICRO, ROWS, STEPS, Setting, adapted, forget, rows, scaler, state, trained
 
 SETTING = Setting()
 
 
 @pytest.fixture(autouse=True)
 def _fresh_accelerator():
-    AcceleratorState._reset_state(reset_partial_state=True)
+    forget()
     yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+    forget()
 
 
 def prepared(setting=SETTING):
@@ -61,7 +60,7 @@ def test_a_saved_state_resumes_in_the_same_bits(tmp_path):
     accelerator.save_state(str(tmp_path))
     train(accelerator, model, optimizer, batches[7 * MICRO :])
     expected = state(model)
-    AcceleratorState._reset_state(reset_partial_state=True)
+    forget()
     accelerator, again, optimizer, _ = prepared()
     accelerator.load_state(str(tmp_path))
     attachment = attach(accelerator, again, optimizer, STEPS)

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from accelerate.state import AcceleratorState
 from transformers import BertConfig, BertForSequenceClassification
 
 import lora2fx
 from tests import distributed_tasks
+from tests.loops import forget
 
 PAGE = Path(__file__).parents[1] / "docs" / "training.md"
 TEXT = PAGE.read_text(encoding="utf-8")
@@ -25,12 +25,12 @@ STEPS = 16
 @pytest.fixture(autouse=True)
 def _aside(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    AcceleratorState._reset_state(reset_partial_state=True)
+    forget()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning|torch.utils.data|accelerate")
         warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true")
         yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+    forget()
 
 
 def example(words: str) -> str:

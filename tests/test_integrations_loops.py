@@ -6,11 +6,10 @@ import warnings
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 
 import lora2fx
 from tests import loops
-from tests.loops import METHOD, STEPS, Setting
+from tests.loops import METHOD, STEPS, Setting, forget
 
 SETTINGS = {
     "accumulation and clipping": Setting(clip=0.5),
@@ -25,9 +24,9 @@ SETTINGS = {
 
 @pytest.fixture(autouse=True)
 def _fresh_accelerator():
-    AcceleratorState._reset_state(reset_partial_state=True)
+    forget()
     yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+    forget()
 
 
 @pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
@@ -45,5 +44,5 @@ def test_four_loops_are_one(setting, tmp_path):
         assert own.keys() == expected.keys()
         for name, value in expected.items():
             assert torch.equal(own[name], value), f"{loop.__name__}: {name}"
-        AcceleratorState._reset_state(reset_partial_state=True)
+        forget()
     lora2fx.fold(other)

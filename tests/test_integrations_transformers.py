@@ -6,23 +6,22 @@ import warnings
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM, Trainer
 from transformers.trainer_callback import TrainerCallback
 
 import lora2fx
 from lora2fx.errors import AdapterError, Lora2fxWarning, ScheduleError
 from lora2fx.integrations.transformers import attach, ignores_loss_scaling
-from tests.loops import METHOD, STEPS, Setting, adapted, arguments, rows, state, trained
+from tests.loops import METHOD, STEPS, Setting, adapted, arguments, forget, rows, state, trained
 
 SETTING = Setting(clip=0.5)
 
 
 @pytest.fixture(autouse=True)
 def _fresh_accelerator():
-    AcceleratorState._reset_state(reset_partial_state=True)
+    forget()
     yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+    forget()
 
 
 def trainer_of(folder, model=None, setting=SETTING, data=None, optimizers=(None, None), **changes):
