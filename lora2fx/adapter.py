@@ -8,13 +8,25 @@ from __future__ import annotations
 import copy
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
-from lora2fx.sharding import gathered
+from lora2fx.sharding import whole
 from lora2fx.site import Site
+
+
+def _doubled(tensor: Tensor | None) -> Tensor | None:
+    """A whole, detached copy; float64 where it is a floating-point tensor."""
+    if tensor is None:
+        return None
+    found = whole(tensor.detach())
+    return found.to(torch.float64 if found.is_floating_point() else found.dtype, copy=True)
+
+
+def _frozen(tensor: Tensor | None) -> nn.Parameter | None:
+    return None if tensor is None else nn.Parameter(tensor, requires_grad=False)
 
 
 @dataclass(frozen=True)
@@ -132,7 +144,11 @@ class Adapter(nn.Module):
 
         Where the factors are sharded, they are gathered: every worker must then ask.
         """
-        return copy.deepcopy(self, dict[int, Any](gathered(self))).double().requires_grad_(False).eval()
+        twin = object.__new__(type(self))
+        vars(twin).update(vars(self), _modules=copy.deepcopy(self._modules))
+        vars(twin)["_parameters"] = {name: _frozen(_doubled(value)) for name, value in self._parameters.items()}
+        vars(twin)["_buffers"] = {name: _doubled(value) for name, value in self._buffers.items()}
+        return twin.eval()
 
     @torch.no_grad()
     def singular_values(self) -> Tensor:

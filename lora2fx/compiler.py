@@ -23,7 +23,7 @@ from lora2fx.passes.rewrite import child_name, plan_rewrite, rewrite_owners
 from lora2fx.passes.verify import Verification, reference_outputs, verify_rewrites
 from lora2fx.program import RECORD, TIED, Baseline, Method, Program, Record, drop_attribute, keep_attribute
 from lora2fx.reports import site_entry
-from lora2fx.sharding import is_sharded
+from lora2fx.sharding import is_replicated, is_sharded
 from lora2fx.site import Site
 from lora2fx.targets import Targets, needs_roles
 
@@ -32,11 +32,16 @@ DEFAULT_TARGETS = ("query", "key", "value", "ffn")
 
 
 def refuse_adapted(model: nn.Module, asked: str) -> None:
-    """Raise `AdapterError` where the model already holds adapters, or FSDP shards it."""
+    """Raise `AdapterError` where the model already holds adapters, or is spread over devices or processes."""
     if is_sharded(model):
         raise AdapterError(
             f"{asked}: {type(model).__name__} is sharded over several processes already. Do this first and"
             " fully_shard(model) afterwards."
+        )
+    if is_replicated(model):
+        raise AdapterError(
+            f"{asked}: {type(model).__name__} is, or holds, a DataParallel or DistributedDataParallel, which never"
+            " synchronises adapters that come later. Do this first and wrap the model afterwards."
         )
     if any(isinstance(module, (Adapted, Adapter)) or RECORD in vars(module) for module in model.modules()):
         raise AdapterError(

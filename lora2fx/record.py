@@ -75,12 +75,8 @@ def record(model: nn.Module, inputs: Inputs) -> Recording:
         with fastpath(True), spied(model, readers) as fused:
             _copied(inputs).call(model)
         given = _copied(inputs)
-        with (
-            fastpath(False),
-            spied(model, readers) as plain,
-            Recorder(model, _tensors(given), readers) as recorder,
-            subclass_calls(model, recorder),
-        ):
+        recorder = Recorder(model, _tensors(given), readers)
+        with fastpath(False), spied(model, readers) as plain, recorder, subclass_calls(model, recorder):
             given.call(model)
     # a read that both runs make is seen by the recorder if anything is computed from it; most only ask for a dtype
     outside = recorder.outside | {name for name, *_ in fused - plain}

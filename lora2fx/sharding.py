@@ -35,18 +35,14 @@ def like(tensor: Tensor, model: Tensor) -> Tensor:
     return laid_out
 
 
-def gathered(module: nn.Module) -> dict[int, nn.Parameter]:
-    """By the id of each sharded parameter of the module, a whole copy of it: a memo for `copy.deepcopy`."""
-    return {
-        id(p): nn.Parameter(whole(p.detach()), requires_grad=p.requires_grad)
-        for p in module.parameters()
-        if _sharded(p) is not None
-    }
-
-
 def is_sharded(model: nn.Module) -> bool:
     """Whether any of the model's parameters is a DTensor; then every worker must take part in reading it."""
     return any(_sharded(parameter) is not None for parameter in model.parameters())
+
+
+def is_replicated(model: nn.Module) -> bool:
+    """Whether torch copies the model over devices or processes, with the parameters that it had at that moment."""
+    return any(isinstance(m, nn.DataParallel | nn.parallel.DistributedDataParallel) for m in model.modules())
 
 
 @contextmanager

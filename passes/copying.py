@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,12 +17,13 @@ from lora2fx.passes.merging import is_foldable, merges
 from lora2fx.program import Program, program_of
 
 
-def _sharing_copy(model: nn.Module, own: Iterable[nn.Parameter]) -> nn.Module:
-    """A deep copy but for the parameters, of which only `own` are copied."""
+def _sharing_copy(model: nn.Module, own: Iterable[nn.Parameter], shared: Iterable[nn.Module] = ()) -> nn.Module:
+    """A deep copy but for the `shared` modules and the parameters, of which only `own` are copied."""
     copied = {id(parameter) for parameter in own}
-    shared = {id(parameter): parameter for parameter in model.parameters() if id(parameter) not in copied}
+    known: dict[int, Any] = {id(module): module for module in shared}
+    known |= {id(parameter): parameter for parameter in model.parameters() if id(parameter) not in copied}
     try:
-        return copy.deepcopy(model, dict(shared))
+        return copy.deepcopy(model, known)
     except Exception as error:
         raise VerifyError(
             f"{type(model).__name__} can't be copied ({type(error).__name__}: {error}), and verification compares with"
@@ -54,7 +56,7 @@ class Folded:
 @torch.no_grad()
 def folded_copy(program: Program) -> Folded:
     """A copy folded where it can be, with its original classes."""
-    model = _sharing_copy(program.model, [merge.weight for merge in merges(program)])
+    model = _sharing_copy(program.model, [merge.weight for merge in merges(program)], program.adapters.values())
     copied = program_of(model, "verify")
     found = [merge for merge in merges(copied) if is_foldable(merge.weight)]
     for merge in found:

@@ -27,12 +27,13 @@ def _size_parameter(adapter: Adapter) -> nn.Parameter | None:
     site = adapter.site
     rows = torch.randn(*site.batch_shape, 4, site.in_features, generator=torch.Generator().manual_seed(0))
     rows = rows.to(device=next(adapter.parameters()).device, dtype=torch.float64)
-    before = adapter.exact()(rows)
-    for parameter in adapter.parameters():
-        parameter.mul_(2)
-        if torch.allclose(adapter.exact()(rows), 2 * before, rtol=1e-6):
+    twin = adapter.exact()
+    before = twin(rows)
+    for parameter, exact in zip(adapter.parameters(), twin.parameters(), strict=True):
+        exact.mul_(2)
+        if torch.allclose(twin(rows), 2 * before, rtol=1e-6):
             return parameter
-        parameter.div_(2)
+        exact.div_(2)
     return None
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lora2fx.dataflow.preserve import attributes_of
+
+Kinds = type[nn.Module] | tuple[type[nn.Module], ...]
 
 
 def same_values(a: Tensor, b: Tensor) -> bool:
@@ -47,10 +49,10 @@ def preserved_generators() -> Iterator[None]:
 
 
 @contextmanager
-def preserved_buffers(model: nn.Module) -> Iterator[None]:
+def preserved_buffers(model: nn.Module, but: Kinds = ()) -> Iterator[None]:
     """The same buffer objects with the same values afterwards; one that did not change is not written."""
-    plain = [module for module in model.modules() if isinstance(module._buffers, dict)]  # a scripted module's aren't
-    buffers = {module: dict(module._buffers) for module in plain}
+    others = [module for module in model.modules() if not isinstance(module, but)]
+    buffers = {m: dict(m._buffers) for m in others if isinstance(m._buffers, dict)}  # a scripted module's is none
     values = {
         buffer: buffer.detach().clone() for own in buffers.values() for buffer in own.values() if buffer is not None
     }
@@ -81,14 +83,18 @@ def preserved_values(parameters: list[nn.Parameter]) -> Iterator[None]:
 @contextmanager
 def preserved_attributes(model: nn.Module) -> Iterator[None]:
     """Every module's attributes are as before afterwards: counters, caches, buffers that a forward makes anew."""
-    with ExitStack() as stack:
-        for module in model.modules():
-            stack.callback(attributes_of(module))
+    restore = attributes_of(model)
+    try:
         yield
+    finally:
+        restore()
 
 
 @contextmanager
-def preserved(model: nn.Module) -> Iterator[None]:
-    """Train flags, attributes, buffers and random generators are as before afterwards, whatever happens within."""
-    with preserved_attributes(model), preserved_buffers(model), preserved_generators():
+def preserved(model: nn.Module, but: Kinds = ()) -> Iterator[None]:
+    """Train flags, attributes, buffers and random generators are as before afterwards, whatever happens within.
+
+    The buffers of modules of the kinds in `but` are left alone.
+    """
+    with preserved_attributes(model), preserved_buffers(model, but), preserved_generators():
         yield

@@ -243,6 +243,13 @@ class TestErrors:
         with pytest.raises(AdapterError, match=r"already holds adapters.*fold.*unload"):
             lora2fx.transform(model, "down", example_inputs=(torch.randn(2, 9, 6),))
 
+    def test_a_model_that_is_replicated_already_is_refused(self):
+        model = nn.DataParallel(Plain())
+        keys = list(model.state_dict())
+        with pytest.raises(AdapterError, match=r"DataParallel.*never synchronises.*wrap the model afterwards"):
+            lora2fx.transform(model, "up", example_inputs=(torch.randn(2, 9, 6),))
+        unchanged(model, keys)
+
     def test_a_tied_weight_is_refused_by_name_unless_untied(self):
         model = ZOO["gpt2"].build()
         keys = list(model.state_dict())

@@ -29,7 +29,7 @@ def _vocabulary(flow: Dataflow, weights: Weights) -> int:
 
 def ending_claims(flow: Dataflow, weights: Weights) -> Iterator[Claim]:
     """Embeddings, convolutions, language-model heads and routers."""
-    vocabulary = _vocabulary(flow, weights)
+    vocabulary, choices = _vocabulary(flow, weights), _choices(flow)
     for use in weights.uses.values():
         op = use.contraction.op
         if use.layout is None:
@@ -40,7 +40,7 @@ def ending_claims(flow: Dataflow, weights: Weights) -> Iterator[Claim]:
             yield Claim(use, "conv", op.name)
         elif _is_head(flow, weights, use, vocabulary):
             yield Claim(use, "lm_head", f"{vocabulary} scores, one for each row of the embedding; nothing follows")
-        elif _is_router(flow, weights, use):
+        elif _is_router(flow, weights, use, choices):
             yield Claim(use, "router", "its largest columns weigh other weights' results")
 
 
@@ -67,12 +67,15 @@ def _through_choices(flow: Dataflow, value: int) -> Ops:
     return frozenset(found)
 
 
-def _chosen(flow: Dataflow, use: Use) -> bool:
+def _choices(flow: Dataflow) -> list[tuple[Op, Ops]]:
+    """Every choice of the largest, with the sources of what is chosen from."""
+    selecting = filter(is_selecting, flow.recording.ops)
+    return [(op, _through_choices(flow, op.inputs[0])) for op in selecting]
+
+
+def _chosen(flow: Dataflow, use: Use, choices: list[tuple[Op, Ops]]) -> bool:
     """Whether the largest of the use's columns are chosen somewhere."""
-    choices = (
-        op for op in flow.recording.ops if is_selecting(op) and use.index in _through_choices(flow, op.inputs[0])
-    )
-    return any(_along_columns(flow, use, op) for op in choices)
+    return any(use.index in sources and _along_columns(flow, use, op) for op, sources in choices)
 
 
 def _along_columns(flow: Dataflow, use: Use, op: Op) -> bool:
@@ -87,8 +90,8 @@ def _along_columns(flow: Dataflow, use: Use, op: Op) -> bool:
     return column in trace(flow, value, dims, use.output)
 
 
-def _is_router(flow: Dataflow, weights: Weights, use: Use) -> bool:
-    if not _chosen(flow, use):
+def _is_router(flow: Dataflow, weights: Weights, use: Use, choices: list[tuple[Op, Ops]]) -> bool:
+    if not _chosen(flow, use, choices):
         return False
     for op in flow.recording.ops:
         if not is_product(op) or len(op.inputs) != 2:

@@ -83,7 +83,7 @@ class FeedForwardRoles:
                 if op.index in seen or not self.flow.transparent(op):
                     continue
                 seen.add(op.index)
-                meets = any(self._summands(other) & started for other in op.inputs if other != value)
+                meets = any(self._is_sum_of(other, started) for other in op.inputs if other != value)
                 spread = (is_adding(op) or is_product(op)) and values[op.outputs[0]].numel > values[value].numel
                 if is_adding(op) and meets and not spread:
                     return True
@@ -91,19 +91,21 @@ class FeedForwardRoles:
                     ahead.extend(op.outputs)
         return False
 
-    def _summands(self, value: int) -> set[int]:
-        """The value, what it is a view, a copy or a multiple of, and what it is a sum of."""
-        found, ahead = set[int](), [value]
+    def _is_sum_of(self, value: int, started: set[int]) -> bool:
+        """Whether the value, what it is a view, a copy or a multiple of, or what it is a sum of is in `started`."""
+        seen, ahead = set[int](), [value]
         while ahead:
             at = ahead.pop()
             op = self.recording.producer(at)
-            if at in found or op is None or not self.flow.sources(at):
+            if at in seen or op is None or not self.flow.sources(at):
                 continue
-            found.add(at)
+            if at in started:
+                return True
+            seen.add(at)
             scaled = is_product(op) and len(carrying(self.flow, op)) == 1
             if scaled or is_adding(op) or is_view(self.recording, op) or op.name in _COPIES:
                 ahead.extend(op.inputs)
-        return found
+        return False
 
     def _roles(self, down: Use, ups: list[Use], numbers: Iterator[int]) -> Iterator[Claim]:
         ways = self._ways(ups[0], down)

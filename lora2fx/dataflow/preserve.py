@@ -16,6 +16,8 @@ _CONTAINERS = (dict, OrderedDict, list, set)
 
 
 def _restore_container(container: Any, saved: Any) -> None:
+    if not container and not saved:
+        return
     container.clear()
     if isinstance(container, list):
         container.extend(saved)
@@ -23,16 +25,24 @@ def _restore_container(container: Any, saved: Any) -> None:
         container.update(saved)
 
 
-def attributes_of(module: nn.Module) -> Callable[[], None]:
-    """How to give `module` back its attributes (train flag, buffers, caches) and what its containers held."""
-    before = dict(vars(module))
-    items = [(value, value.copy()) for value in before.values() if type(value) in _CONTAINERS]
+def _containers(module: nn.Module) -> list[tuple[Any, Any]]:
+    """The module's own dicts, lists and sets with what they hold; torch's modules and adapters write into none."""
+    if type(module).__module__.startswith(("torch.nn.modules.", "lora2fx.")):
+        return []
+    found = [value for value in vars(module).values() if type(value) in _CONTAINERS]
+    return [(value, value.copy() if value else ()) for value in found]
+
+
+def attributes_of(model: nn.Module) -> Callable[[], None]:
+    """How to give every module its attributes back (train flags, buffers, caches) and what its containers held."""
+    before = [(module, dict(vars(module)), _containers(module)) for module in model.modules()]
 
     def restore() -> None:
-        vars(module).clear()
-        vars(module).update(before)
-        for container, saved in items:
-            _restore_container(container, saved)
+        for module, attributes, containers in before:
+            vars(module).clear()
+            vars(module).update(attributes)
+            for container, saved in containers:
+                _restore_container(container, saved)
 
     return restore
 
@@ -91,6 +101,5 @@ def preserved(model: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         stack.callback(_random_states())
         stack.callback(_buffers_of(model))
-        for module in model.modules():
-            stack.callback(attributes_of(module))
+        stack.callback(attributes_of(model))
         yield

@@ -59,20 +59,22 @@ class Readers:
         return None
 
 
-def _spy(owner: nn.Module, names: dict[str, str], readers: Readers, reads: set[Read]) -> type[nn.Module]:
-    """A subclass of `owner`'s class whose weights note who reads them from outside the owner's forward."""
+def _spy(
+    base: type[nn.Module], attributes: tuple[str, ...], paths: dict[int, str], readers: Readers, reads: set[Read]
+) -> type[nn.Module]:
+    """A subclass of `base` whose weights note who reads them from outside their owner's forward."""
 
     def weight(attribute: str) -> property:
         def read(self: nn.Module) -> Any:
             if readers.running([self]) is None:
                 frame = sys._getframe(1)
-                reads.add((names[attribute], frame.f_code, frame.f_lineno))
+                reads.add((f"{paths[id(self)]}.{attribute}".lstrip("."), frame.f_code, frame.f_lineno))
             return self._parameters[attribute]
 
         return property(read)
 
-    base = type(owner)
-    return type(base.__name__, (base,), {"__module__": base.__module__, **{name: weight(name) for name in names}})
+    weights = {name: weight(name) for name in attributes}
+    return type(base.__name__, (base,), {"__module__": base.__module__, **weights})
 
 
 def _give_class_back(owner: nn.Module, cls: type[nn.Module]) -> Callable[[], None]:
@@ -88,16 +90,18 @@ def spied(model: nn.Module, readers: Readers) -> Iterator[set[Read]]:
 
     Neither hooks nor modes: they switch the fused fast path off, which is what reads from outside.
     """
-    reads = set[Read]()
+    reads, paths, spies = set[Read](), dict[int, str](), dict[Any, type[nn.Module]]()
     with ExitStack() as stack:
         for path, owner in model.named_modules():
-            own = {name: value for name, value in owner._parameters.items() if value is not None and value.dim() >= 2}
-            names = {name: f"{path}.{name}".lstrip(".") for name in own}
-            if not names or isinstance(owner, nn.ParameterList | nn.ParameterDict):
+            own = tuple(name for name, value in owner._parameters.items() if value is not None and value.dim() >= 2)
+            if not own or isinstance(owner, nn.ParameterList | nn.ParameterDict):
                 continue
             cls = type(owner)
+            paths[id(owner)] = path
             try:
-                owner.__class__ = _spy(owner, names, readers, reads)
+                if (cls, own) not in spies:
+                    spies[cls, own] = _spy(cls, own, paths, readers, reads)
+                owner.__class__ = spies[cls, own]
             except TypeError:  # a class that can't be derived from, such as a scripted module's
                 continue
             stack.callback(_give_class_back(owner, cls))

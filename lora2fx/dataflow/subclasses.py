@@ -1,4 +1,4 @@
-"""Weights that are tensor subclasses (quantised ones) multiply in code of their own: record what the call means."""
+"""Weights of a tensor subclass (quantised ones) multiply in code of their own: record the call as what it means."""
 
 from __future__ import annotations
 
