@@ -6,7 +6,7 @@ ARGS    ?=
 BIN     := $(VENV)/bin
 PIP     := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test check format lint types imports setup clean
+.PHONY: help demo docs test check format lint types imports setup clean
 
 help:  ## these lines
 	@sed -n 's/^\([a-z]*\):.*##/make \1 /p' Makefile
@@ -16,6 +16,9 @@ demo: $(VENV)/.installed-demo  ## adapt a small vision transformer, fold and exp
 
 test: $(VENV)/.installed-dev  ## run the tests (ARGS="-k fold")
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+
+docs: $(VENV)/.installed-dev  ## the documentation as a site, in site/
+	$(BIN)/mkdocs build --strict
 
 check: lint types imports test  ## everything that CI runs
 

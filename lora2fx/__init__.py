@@ -13,6 +13,7 @@ from lora2fx.compiler import transform
 from lora2fx.errors import Lora2fxError, Lora2fxWarning
 from lora2fx.folding import fold, unload
 from lora2fx.inspection import inspect_model as inspect
+from lora2fx.inspection import print_trainable_parameters
 from lora2fx.inspection import report_model as report
 from lora2fx.methods.adalora import AdaLoRA
 from lora2fx.methods.alora import ALoRA
@@ -39,6 +40,7 @@ __all__ = [
     "inspect",
     "load",
     "param_groups",
+    "print_trainable_parameters",
     "report",
     "save",
     "transform",

@@ -89,6 +89,16 @@ class Adapter(nn.Module):
         """The axes that a budget may shorten, by name."""
         return {}
 
+    def extra_repr(self) -> str:
+        """Role, rewrite, the matrix's size, and what is left of each axis; not the values of fake or meta tensors."""
+        site = self.site
+        shown = [site.role, self.rewrite or "not installed", f"{site.in_features}→{site.out_features}"]
+        for name, axis in self.axes().items():
+            real = type(axis.mask) is Tensor and not axis.mask.is_meta
+            active = f"{int((axis.mask & axis.keep).sum())} of " if real else ""
+            shown.append(f"{name} {active}{axis.mask.numel()}")
+        return ", ".join(shown)
+
     def compact(self) -> None:
         """Drop pruned entries physically; ΔW stays what it is."""
 

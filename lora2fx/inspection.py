@@ -77,3 +77,12 @@ def report_model(model: nn.Module) -> Report:
             "coverage": program.record.coverage,
         },
     )
+
+
+def print_trainable_parameters(model: nn.Module) -> None:
+    """Print how many of the model's parameters are trained, in the words of PEFT's method of that name."""
+    parameters = list(model.parameters())
+    trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    everything = sum(parameter.numel() for parameter in parameters)
+    share = 100 * trainable / everything if everything else 0.0
+    print(f"trainable params: {trainable:,} || all params: {everything:,} || trainable%: {share:.4f}")

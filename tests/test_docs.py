@@ -1,0 +1,48 @@
+"""Every Python block of the documentation runs, page by page in its order; the site builds without a warning."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+ELSEWHERE = {"training.md": "test_integrations_docs.py"}
+"""Pages whose examples need a trainer or several processes, and the test that runs them."""
+PAGES = [page for page in sorted(DOCS.rglob("*.md")) if "```python" in page.read_text(encoding="utf-8")]
+
+
+def blocks(page: Path) -> list[tuple[int, str]]:
+    """Each Python block with the line that it starts in."""
+    text = page.read_text(encoding="utf-8")
+    found = re.finditer(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    return [(text.count("\n", 0, match.start(1)), match[1]) for match in found]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS)))
+def test_the_examples_run(page, tmp_path, monkeypatch, capsys):
+    if page.name in ELSEWHERE:
+        assert (ROOT / "tests" / ELSEWHERE[page.name]).is_file()
+        return
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    given: dict[str, object] = {"__name__": "docs"}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        for line, code in blocks(page):
+            exec(compile("\n" * line + code, str(page), "exec"), given)
+
+
+def test_the_site_builds(tmp_path):
+    """Strict: a link or an anchor that leads nowhere, an undocumented name each fail."""
+    pytest.importorskip("mkdocs", reason="the documentation's packages are not installed")
+    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "site" / "reference" / "index.html").is_file()
