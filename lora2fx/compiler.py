@@ -146,8 +146,8 @@ def _next_rewrite(program: Program, name: str, found: ModelAnalysis, failed: str
         ) from error
 
 
-def _verified(program: Program, found: ModelAnalysis, plans: dict[str, str], reference: Any) -> Verification:
-    """Install and verify; a site that fails goes to its next rewrite until none is left."""
+def install_verified(program: Program, found: ModelAnalysis, plans: dict[str, str], reference: Any) -> Verification:
+    """Install and verify a program whose ΔW is 0; a site that fails goes to its next rewrite until none is left."""
     assert found.inputs is not None
     while True:
         install(program, plans)
@@ -236,7 +236,8 @@ def transform(
     saved = saved_modules(model, modules_to_save)
     free = tuple(site for site in found.sites if not any(site.weight.startswith(path + ".") for path in saved))
     sites = match_sites(free, targets, exclude, found.rest)
-    refuse_unmatched(getattr(method, "rank_pattern", {}), sites)
+    for pattern in ("rank_pattern", "alpha_pattern"):
+        refuse_unmatched(getattr(method, pattern, {}), sites, pattern)
     trainable = frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad)
     check = verify and found.inputs is not None
     with all_or_nothing(model):
@@ -260,7 +261,7 @@ def transform(
             name: plan_rewrite(model, adapter.site, found.outside_reads) for name, adapter in program.adapters.items()
         }
         if check:
-            record.verify = _verified(program, found, plans, reference).to_dict()
+            record.verify = install_verified(program, found, plans, reference).to_dict()
         else:
             install(program, plans)
             record.verify = _unverified(verify)

@@ -15,6 +15,7 @@ from lora2fx.adapter import Adapter
 from lora2fx.analysis import tied_weights
 from lora2fx.compiler import all_or_nothing, install, originals, refuse_adapted, untie_config, untie_weight
 from lora2fx.errors import AdapterError, FormatError
+from lora2fx.inputs import ExampleInputs
 from lora2fx.passes.entries import adapter_entry, totals
 from lora2fx.passes.merging import site_weight
 from lora2fx.program import Method, Program, Record, program_of, refuse_baseline
@@ -24,6 +25,8 @@ from lora2fx.storage_adapters import read_adapters, read_description
 from lora2fx.storage_files import MANIFEST, PAYLOAD, tensor_digest, write_files
 from lora2fx.storage_format import SCHEMA, Manifest, SavedSite, check_against_model
 from lora2fx.storage_method import encode_method
+from lora2fx.storage_peft import load_peft
+from lora2fx.storage_peft_config import CONFIG
 from lora2fx.storage_tensors import adapter_tensors, check_names, check_tensor
 from lora2fx.training.progress import read_progress
 
@@ -135,16 +138,30 @@ def _install(model: nn.Module, manifest: Manifest, method: Method, adapters: dic
     install(Program(model, model, record, adapters), {saved.adapter: saved.rewrite for saved in manifest.sites})
 
 
-def load(model: M, folder: Folder, *, allow_other_base: bool = False, methods: Sequence[type[Method]] = ()) -> M:
+def load(
+    model: M,
+    folder: Folder,
+    *,
+    allow_other_base: bool = False,
+    methods: Sequence[type[Method]] = (),
+    example_inputs: ExampleInputs | None = None,
+) -> M:
     """Give a fresh base model the adapters and trained heads of a saved folder; in place, and returns the same model.
 
     Every file, name, shape, dtype, value and digest is checked before the model is touched. `allow_other_base` skips
     the comparison of the base weights' digests. `methods` are dataclasses of your own that a saved adapter may name.
+
+    A folder without adapter.json but with adapter_config.json is read as PEFT's LoRA or AdaLoRA (see `load_peft`); its
+    rewrites are verified on `example_inputs`, a transformers model's on inputs that are made up.
+
     Raises `FormatError` (a file that can't be trusted or doesn't fit the model) and `AdapterError` (the model holds
     adapters already); the model then is as it was.
     """
     refuse_adapted(model, "load")
     place = Path(folder)
+    if not os.path.lexists(place / MANIFEST) and os.path.lexists(place / CONFIG):
+        load_peft(model, place, example_inputs, allow_other_base)
+        return model
     described = read_description(place, methods)
     manifest = described.manifest
     check_against_model(manifest, model)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lora2fx.adapter import Adapter
 from lora2fx.program import Method
-from lora2fx.storage_files import read_manifest, read_payload, seal
+from lora2fx.storage_files import MANIFEST, read_json, read_payload, seal
 from lora2fx.storage_format import Manifest, parse_manifest
 from lora2fx.storage_method import METHODS, decode_method
 from lora2fx.storage_tensors import saved_adapter
@@ -29,7 +29,7 @@ class Description:
 
 def read_description(folder: Path, methods: Sequence[type[Method]]) -> Description:
     """Read adapter.json; `methods` are known beside lora2fx's own. Raises `FormatError`."""
-    found = read_manifest(folder)
+    found = read_json(folder / MANIFEST)
     manifest = parse_manifest(found)
     return Description(manifest, decode_method(manifest.method, (*methods, *METHODS)), seal(found))
 

@@ -8,7 +8,7 @@ import os
 import stat
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 import torch
 from safetensors import SafetensorError
@@ -20,7 +20,10 @@ from lora2fx.errors import FormatError
 from lora2fx.exporters.writing import publish, staging
 
 PAYLOAD, MANIFEST = "adapter.safetensors", "adapter.json"
-MANIFEST_LIMIT = 64 * 2**20
+JSON_LIMIT = 8 * 2**20
+VALUES_LIMIT = 2**18
+"""Bytes of a JSON file, and commas, colons and opening brackets in it: what bounds the memory that parsing takes."""
+CHUNK = 2**20
 
 
 def digest(data: bytes) -> str:
@@ -36,8 +39,8 @@ def tensor_digest(tensor: Tensor) -> str:
     return found.hexdigest()
 
 
-def read_regular(path: Path, limit: int) -> bytes:
-    """The bytes of a regular file of at most `limit` bytes; `FormatError` for anything else."""
+def open_regular(path: Path, limit: int) -> BinaryIO:
+    """A regular file of at most `limit` bytes, opened for reading; `FormatError` for anything else."""
     flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     try:
         if path.is_symlink():
@@ -45,13 +48,19 @@ def read_regular(path: Path, limit: int) -> bytes:
         handle = os.open(path, flags)
     except OSError as error:
         raise FormatError(f"{path} can't be read: {error.strerror or error}.") from error
-    with os.fdopen(handle, "rb") as file:
-        found = os.fstat(handle)
+    found = os.fstat(handle)
+    if not stat.S_ISREG(found.st_mode) or found.st_size > limit:
+        os.close(handle)
         if not stat.S_ISREG(found.st_mode):
             raise FormatError(f"{path} is no regular file.")
-        if found.st_size > limit:
-            raise FormatError(f"{path} has {found.st_size} bytes where at most {limit} can be right.")
-        return file.read(found.st_size)
+        raise FormatError(f"{path} has {found.st_size} bytes where at most {limit} can be right.")
+    return os.fdopen(handle, "rb")
+
+
+def read_regular(path: Path, limit: int) -> bytes:
+    """The bytes of a regular file of at most `limit` bytes; `FormatError` for anything else."""
+    with open_regular(path, limit) as file:
+        return file.read(min(limit, os.fstat(file.fileno()).st_size))
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -65,14 +74,24 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no number of JSON")
 
 
-def read_manifest(folder: Path) -> Any:
-    """What adapter.json holds, as plain JSON. Raises `FormatError`."""
-    data = read_regular(folder / MANIFEST, MANIFEST_LIMIT)
+def _values(data: bytes) -> int:
+    return sum(data.count(mark) for mark in (b",", b":", b"[", b"{"))
+
+
+def parse_json(place: Path, data: bytes) -> Any:
+    """JSON without repeated keys, NaN or infinities, and of bounded memory. Raises `FormatError`."""
+    if _values(data) > VALUES_LIMIT:
+        raise FormatError(f"{place} holds more than {VALUES_LIMIT} values, which no adapter needs.")
     try:
         text = data.decode("utf-8")
         return json.loads(text, object_pairs_hook=_without_repeats, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
-        raise FormatError(f"{folder / MANIFEST} is no valid JSON: {error}.") from error
+        raise FormatError(f"{place} is no valid JSON: {error}.") from error
+
+
+def read_json(place: Path) -> Any:
+    """What a JSON file of an adapter's folder holds. Raises `FormatError`."""
+    return parse_json(place, read_regular(place, JSON_LIMIT))
 
 
 def seal(manifest: Mapping[str, Any]) -> str:
@@ -81,31 +100,52 @@ def seal(manifest: Mapping[str, Any]) -> str:
     return digest(json.dumps(said, sort_keys=True, separators=(",", ":")).encode())
 
 
-def _metadata(data: bytes) -> dict[str, Any]:
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    found: dict[str, Any] = header.get("__metadata__", {})
+def check_header(path: Path, start: bytes) -> bytes:
+    """The JSON of a safetensors header from the file's first bytes; `FormatError` where parsing it costs too much."""
+    size = int.from_bytes(start[:8], "little")
+    if size > JSON_LIMIT or _values(header := start[8 : 8 + size]) > VALUES_LIMIT:
+        raise FormatError(f"{path} is no valid safetensors file of an adapter: its header is too large.")
+    return header
+
+
+def _metadata(path: Path, data: bytes) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(check_header(path, data)).get("__metadata__", {})
     return found
+
+
+def tensors_of(path: Path, data: bytes) -> dict[str, Tensor]:
+    """The tensors of a safetensors file's bytes. Raises `FormatError`."""
+    check_header(path, data[: JSON_LIMIT + 8])
+    try:
+        return parse_tensors(data)
+    except (SafetensorError, ValueError, KeyError, RuntimeError, OverflowError) as error:
+        raise FormatError(f"{path} is no valid safetensors file: {error}.") from error
 
 
 def read_payload(folder: Path, size: int, sha256: str, sealed: str) -> dict[str, Tensor]:
     """The tensors of adapter.safetensors, if it has exactly the announced bytes and adapter.json is the one sealed.
 
-    Raises `FormatError`.
+    The bytes are hashed before they are held in memory. Raises `FormatError`.
     """
     path = folder / PAYLOAD
-    data = read_regular(path, size)
-    if len(data) != size or digest(data) != sha256:
-        raise FormatError(
-            f"{path} is not the file that {MANIFEST} was written with: it was changed, cut short, or a save was"
-            " interrupted between the two files. Save the adapter again."
-        )
-    try:
-        tensors = parse_tensors(data)
-        if _metadata(data).get("manifest") != sealed:
-            raise FormatError(f"{folder / MANIFEST} was changed after it was saved. Save the adapter again.")
-        return tensors
-    except (SafetensorError, ValueError, KeyError, RuntimeError, OverflowError) as error:
-        raise FormatError(f"{path} is no valid safetensors file: {error}.") from error
+    changed = FormatError(
+        f"{path} is not the file that {MANIFEST} was written with: it was changed, cut short, or a save was"
+        " interrupted between the two files. Save the adapter again."
+    )
+    with open_regular(path, size) as file:
+        found = hashlib.sha256()
+        while chunk := file.read(CHUNK):
+            found.update(chunk)
+        if file.tell() != size or found.hexdigest() != sha256:
+            raise changed
+        file.seek(0)
+        data = file.read(size)
+    if digest(data) != sha256:
+        raise changed
+    tensors = tensors_of(path, data)
+    if _metadata(path, data).get("manifest") != sealed:
+        raise FormatError(f"{folder / MANIFEST} was changed after it was saved. Save the adapter again.")
+    return tensors
 
 
 def write_files(folder: Path, manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> int:
@@ -119,6 +159,11 @@ def write_files(folder: Path, manifest: Mapping[str, Any], tensors: Mapping[str,
     payload = tensor_bytes(dict(tensors), {"format": "pt", "manifest": seal(manifest)})
     whole = {**manifest, "payload": {"bytes": len(payload), "sha256": digest(payload)}}
     text = json.dumps(whole, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+    if len(text.encode()) > JSON_LIMIT or _values(text.encode()) > VALUES_LIMIT:
+        raise FormatError(
+            f"{folder}: the description of {len(manifest['sites'])} sites is larger than what is read back. Save fewer"
+            " at a time, or fold and save the model itself; nothing was written."
+        )
     with staging(folder) as aside:
         (aside / PAYLOAD).write_bytes(payload)
         (aside / MANIFEST).write_text(text, encoding="utf-8")

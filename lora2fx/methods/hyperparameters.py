@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from typing import TypeVar
 
 from lora2fx.errors import MethodError
 from lora2fx.site import Site
+
+V = TypeVar("V")
 
 
 def check_count(name: str, value: int | None, least: int = 1, optional: bool = False) -> None:
@@ -76,25 +79,32 @@ def names_site(pattern: str, site: Site) -> bool:
     return suffix or any(fnmatchcase(name, pattern) for name in names) or pattern == f"role:{site.role}"
 
 
-def rank_of(site: Site, rank: int, pattern: Mapping[str, int]) -> int:
-    """The site's rank: the pattern's where one of its names means the site, else `rank`.
+def value_of(site: Site, default: V, pattern: Mapping[str, V], name: str = "rank_pattern") -> V:
+    """The site's value: the pattern's where one of its names means the site, else the default; a weight's full name wins.
 
     Raises `MethodError` where two names mean the site and differ.
     """
-    found = {name: value for name, value in pattern.items() if names_site(name, site)}
+    found = {key: value for key, value in pattern.items() if names_site(key, site)}
+    found = {key: value for key, value in found.items() if key == site.weight} or found
     if len(set(found.values())) > 1:
-        raise MethodError(f"rank_pattern gives {site.weight} several ranks ({found}). Make the names more specific.")
-    return next(iter(found.values()), rank)
+        values = name.removesuffix("_pattern") + "s"
+        raise MethodError(f"{name} gives {site.weight} several {values} ({found}). Make the names more specific.")
+    return next(iter(found.values()), default)
 
 
-def refuse_unmatched(pattern: Mapping[str, int], sites: Sequence[Site]) -> None:
-    """Raise `MethodError`, naming near misses, where a key of a `rank_pattern` means none of the adapted sites."""
+def rank_of(site: Site, rank: int, pattern: Mapping[str, int]) -> int:
+    """The site's rank, as `value_of` says."""
+    return value_of(site, rank, pattern)
+
+
+def refuse_unmatched(pattern: Mapping[str, float], sites: Sequence[Site], name: str = "rank_pattern") -> None:
+    """Raise `MethodError`, naming near misses, where a key of the pattern means none of the adapted sites."""
     for key in pattern:
         if any(names_site(key, site) for site in sites):
             continue
-        names = list(dict.fromkeys(name for site in sites for name in (site.owner, f"role:{site.role}") if name))
+        names = list(dict.fromkeys(own for site in sites for own in (site.owner, f"role:{site.role}") if own))
         near = get_close_matches(key, names, n=3) or names[:5]
         raise MethodError(
-            f"rank_pattern[{key!r}] names none of the {len(sites)} adapted weights. Close to it are"
+            f"{name}[{key!r}] names none of the {len(sites)} adapted weights. Close to it are"
             f" {', '.join(near)}. A key is a module or weight by full name, dotted suffix or glob, or role:<role>."
         )

@@ -10,7 +10,7 @@ from typing import Literal
 from torch import Tensor
 
 from lora2fx.adapter import Axis
-from lora2fx.methods.hyperparameters import check_choice, check_factorisation, rank_of
+from lora2fx.methods.hyperparameters import check_choice, check_factorisation, check_number, rank_of, value_of
 from lora2fx.methods.initial import constant, gaussian, kaiming
 from lora2fx.methods.two_factors import FACTORS, TwoFactorAdapter
 from lora2fx.site import Site
@@ -42,7 +42,8 @@ class LoRA:
     """LoRA of rank `r` with the scale lora_alpha/r, or lora_alpha/√r with `use_rslora`.
 
     `init` draws A: `kaiming` U(-1/√in, 1/√in) as the authors' code, `gaussian` N(0, 1/r²). `rank_pattern` gives
-    single sites another rank, by module or weight name, dotted suffix, glob, or `role:<role>`.
+    single sites another rank, by module or weight name, dotted suffix, glob, or `role:<role>`; `alpha_pattern` another
+    lora_alpha.
 
     Raises `MethodError` for hyperparameters that can't work.
     """
@@ -53,9 +54,12 @@ class LoRA:
     use_rslora: bool = False
     init: Init = "kaiming"
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_factorisation(self.r, self.lora_alpha, self.lora_dropout, self.rank_pattern)
+        for name, alpha in self.alpha_pattern.items():
+            check_number(f"alpha_pattern[{name!r}]", alpha, 0, closed=False)
         check_choice("init", self.init, INITS)
 
     def adapter(self, site: Site) -> LoRAAdapter:
@@ -64,7 +68,8 @@ class LoRA:
         shape = (*site.batch_shape, r, site.in_features)
         A = kaiming(*shape) if self.init == "kaiming" else gaussian(1 / r, *shape)
         B = constant(0.0, *site.batch_shape, site.out_features, r)
-        return LoRAAdapter(site, A, B, self.lora_alpha / (sqrt(r) if self.use_rslora else r), self.lora_dropout)
+        alpha = value_of(site, self.lora_alpha, self.alpha_pattern, "alpha_pattern")
+        return LoRAAdapter(site, A, B, alpha / (sqrt(r) if self.use_rslora else r), self.lora_dropout)
 
     def training(self) -> Training:
         """Nothing to drive."""
