@@ -90,14 +90,14 @@ def resumable(place: Path, identity: str) -> Iterator[Partial]:
     """
     check_new(place)
     folder = place.parent / f".{place.name}.partial"
-    if folder.exists() and not (folder / _LOCK).exists():
+    if folder.exists() and not (folder / _LOCK).exists() and any(folder.iterdir()):
         raise ExportError(f"{folder} is needed for the work on {place.name} and is no leftover of it. Move it away.")
     made = make_folders(folder)
     with _locked(folder):
         try:
             partial = _earlier(folder, identity)
             yield partial
-            _publish(folder, place)
+            _publish(partial, place)
         except Lora2fxError:
             shutil.rmtree(folder, ignore_errors=True)
             for empty in reversed(made):
@@ -106,15 +106,21 @@ def resumable(place: Path, identity: str) -> Iterator[Partial]:
             raise
 
 
-def _publish(folder: Path, place: Path) -> None:
+def _publish(partial: Partial, place: Path) -> None:
+    folder, own = partial.folder, (_STATE, _LOCK)
     mode = usual_mode(folder)
-    for entry in (_STATE, _LOCK):
-        (folder / entry).unlink(missing_ok=True)
     for path in folder.rglob("*"):
-        if path.is_file():
+        if path.is_file() and path.name not in own:
             os.chmod(path, mode)
             sync(path)
     sync_folder(folder)
     check_new(place)
-    os.rename(folder, place)
+    try:
+        for name in own:
+            (folder / name).unlink(missing_ok=True)
+        os.rename(folder, place)
+    except BaseException:
+        (folder / _LOCK).touch()
+        partial.keep()
+        raise
     sync_folder(place.parent)

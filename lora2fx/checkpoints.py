@@ -6,9 +6,11 @@ plain loops, where torch.save alone leaves half a file when the process is kille
 
 from __future__ import annotations
 
+import copy
 import os
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lora2fx.errors import FormatError
-from lora2fx.exporters.writing import check_file, sync_folder
+from lora2fx.exporters.writing import check_file, publish, staging
 from lora2fx.sharding import refuse_sharded
 
 FORMAT = "lora2fx checkpoint 1"
@@ -50,22 +52,26 @@ def save_checkpoint(path: str | os.PathLike[str], model: nn.Module, states: Mapp
         "states": {name: state.state_dict() for name, state in states.items()},
         "random": _random_state(),
     }
-    place.parent.mkdir(parents=True, exist_ok=True)
-    partial = place.with_name(f".{place.name}.partial")
-    with open(partial, "wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, place)
-    sync_folder(place.parent)
+    with staging(place.parent) as aside:
+        staged = aside / place.name
+        _write(content, staged)
+        publish({staged: place})
+
+
+def _write(content: dict[str, Any], path: Path) -> None:
+    with open(path, "wb") as file:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:  # torch's, about a file cut short, hides what cut it short
+            raise error.__context__ or error from None
 
 
 def load_checkpoint(path: str | os.PathLike[str], model: nn.Module, states: Mapping[str, Stateful]) -> None:
     """Take up a run in a model that was transformed as the saved one was; `lora2fx.attach` before or after this.
 
     Random generators go on too, so that dropout and shuffling draw what they would have drawn.
-    Raises `FormatError`, the model untouched, for a file that is no checkpoint, or one of another model or other
-    states, and `OSError` where it can't be read.
+    Raises `FormatError` for a file that is no checkpoint, or one of another model or other states, and `OSError`
+    where it can't be read; on these, and whatever else is raised, model, states and generators are as they were.
     """
     content = _read(Path(path))
     tensors, own = content["model"], _own_tensors(model)
@@ -77,17 +83,36 @@ def load_checkpoint(path: str | os.PathLike[str], model: nn.Module, states: Mapp
                 f"{path}: {name} is {tensors[name].dtype} {tuple(tensors[name].shape)}; the model has {value.dtype}"
                 f" {tuple(value.shape)}. Transform the model with the hyperparameters that it was saved with."
             )
-    for name, state in states.items():
-        try:
-            state.load_state_dict(content["states"][name])
-        except (ValueError, KeyError, RuntimeError) as error:
-            raise FormatError(
-                f"{path}: the saved state {name!r} doesn't fit: {type(error).__name__}: {error}"
-            ) from error
-    with torch.no_grad():
-        for name, value in own.items():
-            value.copy_(tensors[name])
-    _set_random_state(content["random"])
+    with _all_or_nothing(own, states):
+        for name, state in states.items():
+            try:
+                state.load_state_dict(content["states"][name])
+            except (ValueError, KeyError, RuntimeError) as error:
+                raise FormatError(
+                    f"{path}: the saved state {name!r} doesn't fit: {type(error).__name__}: {error}"
+                ) from error
+        with torch.no_grad():
+            for name, value in own.items():
+                value.copy_(tensors[name])
+        _set_random_state(content["random"])
+
+
+@contextmanager
+def _all_or_nothing(own: Mapping[str, Tensor], states: Mapping[str, Stateful]) -> Iterator[None]:
+    """On any error tensors, states and random generators are as they were."""
+    values = {name: value.clone() for name, value in own.items()}
+    held = copy.deepcopy({name: state.state_dict() for name, state in states.items()})
+    generators = _random_state()
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for name, value in own.items():
+                value.copy_(values[name])
+        for name, state in states.items():
+            state.load_state_dict(held[name])
+        _set_random_state(generators)
+        raise
 
 
 def _own_tensors(model: nn.Module) -> dict[str, Tensor]:
