@@ -7,8 +7,8 @@ import sys
 from collections.abc import Callable, Sequence
 
 import lora2fx
-from lora2fx.commands import demo, export, fold, inspect
-from lora2fx.errors import Lora2fxError
+from lora2fx.commands import demo, export, fold, inspect, report, train
+from lora2fx.errors import DataError, Lora2fxError, RunError
 from lora2fx.sources import SourceError
 
 Command = Callable[[argparse.Namespace], None]
@@ -19,7 +19,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lora2fx", description="An adapter compiler for PyTorch.")
     parser.add_argument("--version", action="version", version=f"lora2fx {lora2fx.__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for command in (demo, inspect, fold, export):
+    for command in (demo, inspect, train, report, fold, export):
         command.add_parser(commands)
     return parser
 
@@ -30,13 +30,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command: Command = options.run
     try:
         command(options)
-    except SourceError as error:
+    except (SourceError, DataError, RunError) as error:
         print(f"lora2fx: {error}", file=sys.stderr)
         return 2
     except Lora2fxError as error:
         print(f"lora2fx: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
+        if stop.args:
+            print(f"lora2fx: {stop}", file=sys.stderr)
         return 130
     return 0
 

@@ -43,5 +43,13 @@ class ExportError(Lora2fxError):
     """An export that can't be made or didn't prove itself; nothing was written."""
 
 
+class DataError(Lora2fxError):
+    """Training data that is missing, empty, or doesn't fit the task."""
+
+
+class RunError(Lora2fxError):
+    """A training run that can't be started, resumed, written or read."""
+
+
 class Lora2fxWarning(UserWarning):
     """Something that works, but not as most users would want."""
