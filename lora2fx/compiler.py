@@ -20,6 +20,7 @@ from lora2fx.methods.lora2 import LoRA2
 from lora2fx.passes.install import Adapted, restore_owners
 from lora2fx.passes.match import coverage, match_sites
 from lora2fx.passes.rewrite import child_name, plan_rewrite, rewrite_owners
+from lora2fx.passes.state import unscanned
 from lora2fx.passes.verify import Verification, reference_outputs, verify_rewrites
 from lora2fx.program import RECORD, TIED, Baseline, Method, Program, Record, drop_attribute, keep_attribute
 from lora2fx.reports import site_entry
@@ -202,6 +203,7 @@ def _unverified(asked: bool) -> dict[str, Any]:
     return {"status": "UNVERIFIED", "max_error": None, "checks": [], "reason": reason}
 
 
+@unscanned()
 def transform(
     model: M,
     targets: Targets | None = None,

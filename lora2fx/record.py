@@ -12,13 +12,14 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lora2fx.dataflow.preserve import fastpath, preserved, set_training
-from lora2fx.dataflow.readers import Readers, spied
+from lora2fx.dataflow.readers import Read, Readers, spied
 from lora2fx.dataflow.recorder import Recorder
 from lora2fx.dataflow.recording import Recording
 from lora2fx.dataflow.subclasses import subclass_calls
 from lora2fx.errors import InputsError
 from lora2fx.inputs import Inputs
 
+_FUSED = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
 _ATOMS = (int, float, str, bytes, bool, type(None), torch.dtype, torch.device)
 
 
@@ -60,9 +61,20 @@ def _tied(model: nn.Module) -> dict[str, tuple[str, ...]]:
     return {shared[0]: tuple(shared) for shared in names.values() if len(shared) > 1}
 
 
+def _fused_reads(model: nn.Module, inputs: Inputs, readers: Readers) -> set[Read]:
+    """Who reads weights from outside on the fused fast path of torch's own transformer layers, if there are any."""
+    if not any(isinstance(module, _FUSED) for module in model.modules()):
+        return set()
+    with fastpath(True), spied(model, readers) as reads:
+        _copied(inputs).call(model)
+    return reads
+
+
 @torch.no_grad()
 def record(model: nn.Module, inputs: Inputs) -> Recording:
-    """Run `model` twice in eval mode on copies of `inputs`, with and without the fused fast path; record the second.
+    """Run `model` in eval mode on a copy of `inputs` without torch's fused fast path, and record it.
+
+    A model that may take that path is run with it before: it reads weights from outside their owners.
 
     Nothing of the model, its modes, buffers, caches or the random states changes, also when its forward raises;
     what the forward raises is passed on. Raises `InputsError` for meta tensors and weights without a shape.
@@ -72,8 +84,7 @@ def record(model: nn.Module, inputs: Inputs) -> Recording:
     readers = Readers(model)
     with preserved(model):
         set_training(model, False)
-        with fastpath(True), spied(model, readers) as fused:
-            _copied(inputs).call(model)
+        fused = _fused_reads(model, inputs, readers)
         given = _copied(inputs)
         recorder = Recorder(model, _tensors(given), readers)
         with fastpath(False), spied(model, readers) as plain, recorder, subclass_calls(model, recorder):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +44,23 @@ def partial_copy(program: Program, names: Collection[str]) -> Program:
             if places[name] not in kept:
                 restore_module(copied.root.get_submodule(path))
     return program_of(model, "verify")
+
+
+@contextmanager
+def base_copy(program: Program) -> Iterator[nn.Module]:
+    """A copy with its original classes and nothing merged, whose parameters meanwhile require gradients as they did
+    before `transform`."""
+    model = _sharing_copy(program.model, [], (*program.adapters.values(), *program.inserts.values()))
+    root = program_of(model, "verify").root
+    restore_owners(root)
+    flags = {parameter: parameter.requires_grad for parameter in root.parameters()}
+    try:
+        for name, parameter in root.named_parameters():
+            parameter.requires_grad_(name in program.record.trainable_before)
+        yield model
+    finally:
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
 
 
 @dataclass(frozen=True)

@@ -11,50 +11,69 @@ from torch import Tensor, nn
 from lora2fx.adapter import Adapter
 from lora2fx.inputs import Inputs
 from lora2fx.passes.copying import Folded
-from lora2fx.passes.outputs import EVAL_GRAD, call, running
+from lora2fx.passes.outputs import EVAL_GRAD, Outputs, call, running
 from lora2fx.passes.probe import pull_back, wobbled
 from lora2fx.program import Program
+
+_LEAST = 1e-30
+"""A gradient of a smaller norm has lost its digits to underflow, and shows nothing."""
 
 
 @dataclass(frozen=True)
 class GradientErrors:
-    """By adapter ‖g − expected‖ / ‖expected‖ of the worst parameter; `unreached` get none either way."""
+    """By adapter ‖g − expected‖ / ‖expected‖ of the worst parameter; `unreached` get none either way, or underflow.
+
+    `found` and `expected` are the outputs, in eval with gradients, that these are gradients of.
+    """
 
     errors: dict[str, float]
     unreached: tuple[str, ...]
+    found: Outputs
+    expected: Outputs
+
+
+Gradients = dict[str, list[Tensor | None]]
 
 
 def _trained(adapter: Adapter) -> list[nn.Parameter]:
     return [parameter for parameter in adapter.parameters() if parameter.requires_grad]
 
 
-def _through_adapters(program: Program, inputs: Inputs) -> dict[str, list[Tensor | None]]:
+def _pulled_back(model: nn.Module, inputs: Inputs, leaves: list[nn.Parameter]) -> tuple[Outputs, list[Tensor | None]]:
+    with running(model, EVAL_GRAD):
+        outputs = call(model, inputs)
+        kept = tuple(output.detach().clone() for output in outputs)
+        return kept, pull_back(outputs, leaves)
+
+
+def _through_adapters(program: Program, inputs: Inputs) -> tuple[Outputs, Gradients]:
     leaves = {name: _trained(adapter) for name, adapter in program.adapters.items()}
-    with running(program.model, EVAL_GRAD):
-        flat = iter(pull_back(call(program.model, inputs), [leaf for own in leaves.values() for leaf in own]))
-        return {name: [next(flat) for _ in own] for name, own in leaves.items()}
+    outputs, gradients = _pulled_back(program.model, inputs, [leaf for own in leaves.values() for leaf in own])
+    flat = iter(gradients)
+    return outputs, {name: [next(flat) for _ in own] for name, own in leaves.items()}
 
 
-def _through_weights(program: Program, inputs: Inputs, folded: Folded) -> dict[str, list[Tensor | None]]:
+def _through_weights(program: Program, inputs: Inputs, folded: Folded) -> tuple[Outputs, Gradients]:
     """∂L/∂W of the folded copy, pulled back through ΔW to each adapter's parameters."""
-    if not folded.weights:
-        return {}
     for weight in folded.weights.values():
         weight.requires_grad_(True)
-    with running(folded.model, EVAL_GRAD):
-        found = pull_back(call(folded.model, inputs), list(folded.weights.values()))
-    expected: dict[str, list[Tensor | None]] = {}
+    outputs, found = _pulled_back(folded.model, inputs, list(folded.weights.values()))
+    expected: Gradients = {}
     for name, gradient in zip(folded.weights, found, strict=True):
         adapter = program.adapters[name]
         expected[name] = [None for _ in _trained(adapter)] if gradient is None else _pulled(adapter, gradient)
-    return expected
+    return outputs, expected
 
 
 @torch.enable_grad()
 def _pulled(adapter: Adapter, gradient: Tensor) -> list[Tensor | None]:
-    delta = adapter.weight_delta()
+    """The gradient of ⟨∂L/∂W, ΔW⟩ = ⟨right · ∂L/∂Wᵀ, (left · gate)ᵀ⟩, which needs no ΔW."""
+    rows, right = adapter.rows(), adapter.right()
     dense = gradient.to_dense() if gradient.layout != torch.strided else gradient
-    return list(torch.autograd.grad(delta, _trained(adapter), dense.to(delta), allow_unused=True))
+    matrix = adapter.site.to_matrix(dense.to(rows))
+    matrix = matrix if adapter.columns is None else matrix.index_select(-1, adapter.columns)
+    total = ((right @ matrix.mT) * rows.mT).sum()  # few rows, many columns: a BLAS is several times faster so
+    return list(torch.autograd.grad(total, _trained(adapter), allow_unused=True))
 
 
 def _size(gradient: Tensor | None) -> float:
@@ -77,20 +96,21 @@ def compare_gradients(program: Program, inputs: Inputs, folded: Folded) -> Gradi
 
     An adapter that gets no gradient though its folded weight does has error 1, a non-finite one has error inf.
     """
-    found, expected = _through_adapters(program, inputs), _through_weights(program, inputs, folded)
+    outputs, found = _through_adapters(program, inputs)
+    implied, expected = _through_weights(program, inputs, folded)
     errors, unreached = {}, []
     for name, wanted in expected.items():
         sizes = [_size(gradient) for gradient in wanted]
-        if not all(map(isfinite, sizes)) or (not any(sizes) and not any(map(_size, found[name]))):
+        if not all(map(isfinite, sizes)) or not any(size > _LEAST for size in (*sizes, *map(_size, found[name]))):
             unreached.append(name)
         else:
             errors[name] = _error(found[name], wanted) if any(sizes) else inf
-    return GradientErrors(errors, tuple(unreached))
+    return GradientErrors(errors, tuple(unreached), outputs, implied)
 
 
 def gradient_noise(program: Program, inputs: Inputs, folded: Folded) -> dict[str, float]:
     """By adapter how much its gradient moves, likewise, when every adapted weight moves by its last bit."""
-    expected = _through_weights(program, inputs, folded)
+    _, expected = _through_weights(program, inputs, folded)
     with wobbled(list(folded.weights.values())):
-        moved = _through_weights(program, inputs, folded)
+        _, moved = _through_weights(program, inputs, folded)
     return {name: _error(moved[name], wanted) if any(map(_size, wanted)) else 0.0 for name, wanted in expected.items()}

@@ -67,15 +67,21 @@ def observe(model: nn.Module, inputs: Inputs, mode: Mode) -> Outputs:
 
 @dataclass(frozen=True)
 class Reference:
-    """What the base model returns, by mode; `skipped` says why a mode has none, `unstable` which don't repeat.
+    """What the base model returns, by mode; `skipped` says why a mode has none."""
+
+    outputs: dict[str, Outputs] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Repeats:
+    """How the base model repeats itself: `unstable` are the modes in which it does not.
 
     `frozen` holds what it returns with no parameter requiring gradients, as in an adapted model: torch chooses
     some kernels by that (attention with a trainable bias), and they round differently.
     """
 
-    outputs: dict[str, Outputs] = field(default_factory=dict)
     frozen: dict[str, Outputs] = field(default_factory=dict)
-    skipped: dict[str, str] = field(default_factory=dict)
     unstable: frozenset[str] = frozenset()
 
 
@@ -92,28 +98,33 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 
 def reference_outputs(model: nn.Module, inputs: Inputs) -> Reference:
-    """What the model, not yet adapted, returns in eval, in eval with gradients and in train, twice and frozen.
+    """What the model, not yet adapted, returns in eval, in eval with gradients and in train.
 
     The model is as before afterwards. An error in eval is raised; a model that can't run in train mode on these
     inputs (labels missing, a batch too small for BatchNorm) is not compared there, and the verification says so.
     """
     outputs: dict[str, Outputs] = {}
-    frozen: dict[str, Outputs] = {}
     skipped: dict[str, str] = {}
-    unstable = set()
     for mode in MODES:
         try:
-            first, second = observe(model, inputs, mode), observe(model, inputs, mode)
-            with _frozen(model):
-                frozen[mode.name] = observe(model, inputs, mode)
-            outputs[mode.name] = first
-            if not identical(first, second):
-                unstable.add(mode.name)
+            outputs[mode.name] = observe(model, inputs, mode)
         except Exception as error:
             if not mode.train:
                 raise
             skipped[mode.name] = f"the base model raises {type(error).__name__}: {error}"
-    return Reference(outputs, frozen, skipped, frozenset(unstable))
+    return Reference(outputs, skipped)
+
+
+def repeated_outputs(model: nn.Module, inputs: Inputs, reference: Reference) -> Repeats:
+    """Run the base model, or a copy of it, twice more in each mode that it can run in: as it is, and frozen."""
+    frozen: dict[str, Outputs] = {}
+    unstable = set()
+    for mode in (mode for mode in MODES if mode.name in reference.outputs):
+        if not identical(observe(model, inputs, mode), reference.outputs[mode.name]):
+            unstable.add(mode.name)
+        with _frozen(model):
+            frozen[mode.name] = observe(model, inputs, mode)
+    return Repeats(frozen, frozenset(unstable))
 
 
 def identical(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:

@@ -96,6 +96,6 @@ def pull_back(outputs: Sequence[Tensor], leaves: Sequence[Tensor]) -> list[Tenso
         if output.requires_grad:
             roots.append(output)
             cotangents.append(cotangent)
-    if not roots:
+    if not roots or not leaves:
         return [None] * len(leaves)
     return list(torch.autograd.grad(roots, leaves, cotangents, allow_unused=True))

@@ -10,9 +10,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
+from lora2fx.adapter import Adapter
 from lora2fx.errors import VerifyError
 from lora2fx.inputs import Inputs
-from lora2fx.passes.checks import Check, Trial, all_checks
+from lora2fx.passes.checks import Check, Trial, all_checks, shortened
 from lora2fx.passes.copying import partial_copy
 from lora2fx.passes.install import rewritten_path
 from lora2fx.passes.outputs import Reference, reference_outputs
@@ -36,8 +39,16 @@ class Verification:
         return found | ({"failed": list(self.failed)} if self.failed else {})
 
 
+def _starts_at_zero(adapter: Adapter) -> bool:
+    """Whether ΔW = 0: one of its factors is 0, or their product in float64 is."""
+    with torch.no_grad():
+        if not adapter.right().any() or not adapter.rows().any():
+            return True
+    return not adapter.exact().delta().any()
+
+
 def _not_zero(program: Program) -> list[str]:
-    return [name for name, adapter in program.adapters.items() if bool(adapter.exact().delta().any())]
+    return [name for name, adapter in program.adapters.items() if not _starts_at_zero(adapter)]
 
 
 def _culprits(groups: Sequence[tuple[str, ...]], fails: Callable[[Sequence[str]], bool]) -> list[str]:
@@ -70,7 +81,7 @@ def _left_out(trial: Trial) -> list[Check]:
     """What could not be checked, and why."""
     found = [Check("all", mode, True, vacuous=True, note=note) for mode, note in trial.reference.skipped.items()]
     if unfoldable := trial.unfoldable:
-        note = f"not compared with a folded copy, since nothing can be added to their weights: {', '.join(unfoldable)}"
+        note = f"not compared with a folded copy, since nothing can be added to their weights: {shortened(unfoldable)}"
         found.append(Check("folded", "all", True, vacuous=True, note=note))
     return found
 

@@ -185,7 +185,7 @@ class Moody(nn.Module):
 
 
 def test_a_raising_base_model_is_left_as_it_was():
-    model = Moody(raises_in=3)
+    model = Moody(raises_in=2)
     before = snapshot(model)
     with pytest.raises(RuntimeError, match="no mood"):
         reference_outputs(model, small_inputs())
@@ -193,7 +193,7 @@ def test_a_raising_base_model_is_left_as_it_was():
 
 
 def test_a_base_that_cannot_train_on_these_inputs_is_said():
-    model = Moody(raises_in=7)
+    model = Moody(raises_in=3)
     site = Site("linear.weight", "linear", "weight", (4, 4), OUT_IN)
     reference = reference_outputs(model, small_inputs())
     assert set(reference.outputs) == {"eval", "eval with gradients"}
@@ -219,7 +219,6 @@ def test_a_base_that_does_not_repeat_itself_is_compared_within_the_tolerance():
     reference = reference_outputs(model, small_inputs())
     site = Site("linear.weight", "linear", "weight", (4, 4), OUT_IN)
     found = verify_rewrites(adapt(model, METHODS["lora2"], [site]), small_inputs(), reference)
-    assert reference.unstable == {"eval", "eval with gradients", "train"}
     assert found.status == "passed"
     assert all("does not repeat itself" in check["note"] for check in found.checks if check["check"] == "base")
 

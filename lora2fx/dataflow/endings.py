@@ -17,7 +17,7 @@ from lora2fx.dataflow.weights import Use, Weights
 def _from_input(flow: Dataflow, value: int) -> bool:
     """Whether indices are an input of the model, as they came or moved about."""
     return any(
-        op is not None and op.name == INPUT for at in flow.behind(value) for op in (flow.recording.producer(at),)
+        op is not None and op.name == INPUT for at in flow.behind([value]) for op in (flow.recording.producer(at),)
     )
 
 

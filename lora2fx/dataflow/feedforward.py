@@ -8,7 +8,7 @@ from itertools import count
 from lora2fx.dataflow.claims import Claim
 from lora2fx.dataflow.contractions import is_convolution, is_depthwise, is_embedding
 from lora2fx.dataflow.gating import carrying, count_weights, find_gating, gated_roles
-from lora2fx.dataflow.graph import Dataflow, Ops
+from lora2fx.dataflow.graph import Behind, Dataflow, Ops
 from lora2fx.dataflow.ops import is_adding, is_nonlinear, is_product, is_view
 from lora2fx.dataflow.recording import Op
 from lora2fx.dataflow.weights import Use, Weights
@@ -76,7 +76,7 @@ class FeedForwardRoles:
         A result that is spread over more entries, or that scales what it started from, is a gate.
         """
         values, ahead, seen = self.recording.values, [down.output], set[int]()
-        started = set().union(*(self.flow.behind(up.data, self._depthwise) for up in ups))
+        started = self.flow.behind([up.data for up in ups], self._depthwise)
         while ahead:
             value = ahead.pop(0)
             for op in self.flow.consumers.get(value, ()):
@@ -91,7 +91,7 @@ class FeedForwardRoles:
                     ahead.extend(op.outputs)
         return False
 
-    def _is_sum_of(self, value: int, started: set[int]) -> bool:
+    def _is_sum_of(self, value: int, started: Behind) -> bool:
         """Whether the value, what it is a view, a copy or a multiple of, or what it is a sum of is in `started`."""
         seen, ahead = set[int](), [value]
         while ahead:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cached_property
+from heapq import heapify, heappop, heappush
 
 import torch
 
@@ -92,15 +93,35 @@ class Dataflow:
                 found.add(index)
         return [self.recording.ops[index] for index in sorted(found)]
 
-    def behind(self, value: int, through: Ops = _NONE) -> set[int]:
-        """The value and all it is made of, as far back as transparent ops, and those named in `through`, reach."""
-        seen, ahead = set[int](), [value]
-        while ahead:
-            at = ahead.pop()
-            if at in seen:
-                continue
-            seen.add(at)
-            op = self.recording.producer(at)
-            if op is not None and (self.transparent(op) or op.index in through):
-                ahead.extend(op.inputs)
-        return seen
+    def behind(self, values: Iterable[int], through: Ops = _NONE) -> Behind:
+        """The values and all they are made of, as far back as transparent ops, and those named in `through`, reach."""
+        return Behind(self, values, through)
+
+
+class Behind(Iterable[int]):
+    """The values that some are made of, looked for only as far back as is asked: a value is made of earlier ones."""
+
+    def __init__(self, flow: Dataflow, values: Iterable[int], through: Ops) -> None:
+        self._flow, self._through = flow, through
+        self._seen = set[int](values)
+        self._ahead = [-value for value in self._seen]
+        heapify(self._ahead)
+
+    def _look(self) -> None:
+        op = self._flow.recording.producer(-heappop(self._ahead))
+        if op is None or not (self._flow.transparent(op) or op.index in self._through):
+            return
+        for value in op.inputs:
+            if value not in self._seen:
+                self._seen.add(value)
+                heappush(self._ahead, -value)
+
+    def __contains__(self, value: int) -> bool:
+        while self._ahead and -self._ahead[0] > value:
+            self._look()
+        return value in self._seen
+
+    def __iter__(self) -> Iterator[int]:
+        while self._ahead:
+            self._look()
+        return iter(self._seen)
