@@ -93,7 +93,7 @@ def test_the_page_loads_nothing_from_anywhere(run: dict[str, Any]) -> None:
 def test_text_is_escaped(run: dict[str, Any]) -> None:
     page = render_html(run)
     assert "<h1>Digits &lt;5 &amp; up&gt;</h1>" in page
-    assert "<td>&lt;b&gt;</td>" in page and "<b>" not in page
+    assert ">&lt;b&gt;</td>" in page and "<b>" not in page
 
 
 def test_every_tag_is_closed(run: dict[str, Any]) -> None:

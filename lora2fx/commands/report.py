@@ -30,10 +30,11 @@ def add_parser(commands: Commands) -> None:
 
 def _report(options: argparse.Namespace) -> None:
     from lora2fx.demo.tables import demo_tables, format_demo
-    from lora2fx.finetuning.folder import PAGE, read_record, write_text
+    from lora2fx.finetuning.folder import PAGE, read_record
     from lora2fx.finetuning.pages import run_page
     from lora2fx.finetuning.summary import format_run
     from lora2fx.html import render_html
+    from lora2fx.integrations.pages import write_text
 
     folder: Path = options.run_folder
     record = read_record(folder)
@@ -51,7 +52,7 @@ def _report(options: argparse.Namespace) -> None:
 
 def _compare(options: argparse.Namespace) -> None:
     from lora2fx.finetuning.comparing import compare_runs, comparison_page, comparison_table, read_runs
-    from lora2fx.finetuning.folder import write_text
+    from lora2fx.integrations.pages import write_text
 
     if len(options.run_folders) < 2:
         raise RunError("compare: name two runs or more. lora2fx report RUN shows one.")

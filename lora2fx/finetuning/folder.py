@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from lora2fx.errors import RunError
-from lora2fx.exporters.writing import publish, staging, sync, sync_folder, usual_mode
+from lora2fx.exporters.writing import sync, sync_folder, usual_mode
 from lora2fx.finetuning.settings import Settings
+from lora2fx.integrations.pages import write_text
 
 RUN, REPORT, PAGE, ADAPTER, TRAINED, CHECKPOINTS = (
     "run.json",
@@ -23,13 +24,6 @@ RUN, REPORT, PAGE, ADAPTER, TRAINED, CHECKPOINTS = (
 )
 COMPLETE = "complete"
 """The file that a checkpoint gets when all others of it are on the disk."""
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    with staging(path.parent) as aside:
-        (aside / path.name).write_text(text, encoding="utf-8")
-        publish({aside / path.name: path})
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lora2fx.finetuning.folder import PAGE, REPORT, write_json, write_text
-from lora2fx.html import render_html
+from lora2fx.finetuning.folder import PAGE, REPORT, write_json
+from lora2fx.html import adapter_charts, render_html, series
+from lora2fx.html.history import LOGGED, Charts
+from lora2fx.integrations.pages import write_text
 
 Record = Mapping[str, Any]
-LOGGED = "lora2fx/"
 STATES = {"running": "is running, or was killed", "interrupted": "was stopped", "trained": "is trained, not exported"}
 
 
@@ -62,27 +63,13 @@ def key_numbers(record: Record) -> dict[str, str]:
     return found | {"trained for": f"{record['seconds']:.0f} s"}
 
 
-def run_charts(record: Record) -> dict[str, dict[str, list[tuple[float, float]]]]:
-    """Lines over the steps: what each axis keeps and may keep, the loss, the validation's number, the penalty."""
-    training, validation = record["history"]["training"], record["history"]["validation"]
-    metric = record["metric"]
-    charts: dict[str, dict[str, list[tuple[float, float]]]] = {}
-    for axis in record["totals"]["budgets"]:
-        kept, budget = series(training, f"{LOGGED}{axis}_active"), series(training, f"{LOGGED}{axis}_budget")
-        charts[f"Entries of the axis {axis}, all weights"] = {"kept": kept, "budget": budget}
-        levels = {
-            f"{q[1:]}% quantile": series(training, f"{LOGGED}{axis}_importance_{q}") for q in ("q10", "q50", "q90")
-        }
-        charts[f"Importance of what is left of {axis}"] = levels
-    charts["Loss"] = {"training": series(training, "loss"), "validation": series(validation, "loss")}
-    charts[f"Validation {metric}"] = {metric: series(validation, metric)}
-    charts["Regulariser"] = {"penalty": series(training, f"{LOGGED}penalty")}
-    return charts
-
-
-def series(entries: list[Mapping[str, Any]], name: str) -> list[tuple[float, float]]:
-    """(step, value) of those entries that have the value."""
-    return [(entry["step"], entry[name]) for entry in entries if isinstance(entry.get(name), (int, float))]
+def run_charts(record: Record) -> Charts:
+    """Lines over the steps: what each axis keeps and may keep, importance, the loss, the validation's number."""
+    training, validation, metric = record["history"]["training"], record["history"]["validation"], record["metric"]
+    return adapter_charts(training) | {
+        "Loss": {"training": series(training, "loss"), "validation": series(validation, "loss")},
+        f"Validation {metric}": {metric: series(validation, metric)},
+    }
 
 
 def show(value: Any) -> str:

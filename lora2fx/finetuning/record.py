@@ -14,7 +14,7 @@ from torch import nn
 from lora2fx.finetuning.prepare import Prepared
 from lora2fx.inspection import describe_method, report_model
 from lora2fx.program import program_of
-from lora2fx.reports import Report
+from lora2fx.training.logs import site_importances
 
 
 def first_record(run: Prepared) -> dict[str, Any]:
@@ -71,9 +71,15 @@ def model_entry(name: str, model: nn.Module) -> dict[str, Any]:
 
 
 def adapted_entries(model: nn.Module) -> dict[str, Any]:
-    """Sites, totals and verification as they are now, and where only some of repeated blocks were matched."""
-    report: Report = report_model(model)
-    found = report.to_dict()
+    """Sites, totals and verification as they are now, and where only some of repeated blocks were matched.
+
+    Sites have one key more than a report's: `importances` by axis.
+    """
+    found = report_model(model).to_dict()
+    adapters = program_of(model, "report").adapters
+    importances = dict(zip(adapters, site_importances(list(adapters.values())), strict=True))
+    for site in found["sites"]:
+        site["importances"] = importances.get(site.get("adapter"), {})
     return {key: found[key] for key in ("sites", "totals", "verify", "coverage")}
 
 

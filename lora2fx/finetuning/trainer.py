@@ -131,7 +131,7 @@ def make_trainer(
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(progress_callback(not args.disable_tqdm))
     trainer.add_callback(type("Saved", (Sealing, TrainerCallback), {})(watch))
-    attach(trainer, evaluate=validation_score(trainer, tables[1]))
+    attach(trainer, evaluate=validation_score(trainer, tables[1]), page=None)
     return trainer
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from html import escape
 
-WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 440, 220, 52, 12, 24
+WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 440, 220, 62, 12, 24
 COLOURS = 4
 DASHED = "dash"
 Points = Sequence[tuple[float, float]]
@@ -52,7 +52,7 @@ def _legend(series: Mapping[str, Points]) -> str:
 
 
 def _rule(y: float, value: float) -> str:
-    text = f'<text class="axis" x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{value:.4g}</text>'
+    text = f'<text class="axis" x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{value:.3g}</text>'
     return f'<line class="rule" x1="{LEFT}" x2="{WIDTH - 8}" y1="{y:.1f}" y2="{y:.1f}"/>{text}'
 
 

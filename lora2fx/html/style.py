@@ -17,8 +17,8 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top; }
 th { font-weight: 600; white-space: nowrap; }
 th:first-child, td:first-child, td.text, th.text { text-align: left; }
-td.text { min-width: 11rem; } tr:target td { background: var(--mark); }
-code { font: .92em ui-monospace, monospace; overflow-wrap: anywhere; }
+td.one { white-space: nowrap; } tr:target td { background: var(--mark); }
+code { font: .92em ui-monospace, monospace; }
 dl.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: .8rem; margin: 1.2rem 0; }
 dl.tiles div { border: 1px solid var(--line); border-radius: 6px; padding: .5rem .8rem; }
 dl.tiles dt { color: var(--soft); font-size: .85rem; } dl.tiles dd { margin: 0; font-size: 1.2rem; }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -16,9 +16,11 @@ _SITE_HEADER = ("weight", "role", "rewrite", "r", "kept", "rank", "parameters", 
 
 
 def render_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Cells as text."""
-    head = f"<thead>{_line('th', header)}</thead>" if header else ""
-    return f"<table>{head}<tbody>{''.join(_line('td', row) for row in rows)}</tbody></table>"
+    """Cells as text; columns whose cells are no numbers stand at the left."""
+    count = max([len(header), *map(len, rows)])
+    words = {i for i in range(count) if any(i < len(row) and not _is_number(row[i]) for row in rows)}
+    head = f"<thead>{_line('th', header, words)}</thead>" if header else ""
+    return f"<table>{head}<tbody>{''.join(_line('td', row, words) for row in rows)}</tbody></table>"
 
 
 def render_bars(values: Sequence[float], name: str) -> str:
@@ -59,13 +61,24 @@ def _site_row(site: Mapping[str, Any]) -> str:
     columns = "" if site["slice"] is None else " " + ",".join(f"{start}:{stop}" for start, stop in site["slice"])
     kept = site.get("kept") or ({} if site["active"] is None else {"": site["active"]})
     cells = [
-        f'<td class="text"><code>{escape(site["weight"] + columns)}</code></td>',
+        f'<td class="text"><code>{_breakable(site["weight"] + columns)}</code></td>',
         *(f"<td>{escape(str(site[key] if site[key] is not None else '–'))}</td>" for key in ("role", "rewrite", "r")),
-        f"<td>{escape(', '.join(f'{count} {axis}'.strip() for axis, count in kept.items()) or '–')}</td>",
+        f'<td class="one">{escape(", ".join(f"{count} {axis}".strip() for axis, count in kept.items()) or "–")}</td>',
         f"<td>{site['rank'] if site['rank'] is not None else '–'}</td><td>{site['adapter_parameters']:,}</td>",
-        f"<td>{render_bars(site['lambda'], 'λ')}</td><td>{render_bars(site['importance'], 'importance')}</td>",
+        f"<td>{render_bars(site['lambda'], 'λ')}</td><td>{_importance(site)}</td>",
     ]
     return f'<tr id="{anchor(site)}">{"".join(cells)}</tr>'
+
+
+def _breakable(path: str) -> str:
+    """A dotted path that a narrow screen may break after its dots."""
+    return escape(path).replace(".", ".<wbr>")
+
+
+def _importance(site: Mapping[str, Any]) -> str:
+    """Of the ranks, or of the axes that the method scores instead."""
+    by_axis = site.get("importances") or {"importance": site["importance"]}
+    return " ".join(render_bars(values, axis) for axis, values in by_axis.items()) or "–"
 
 
 def _bar(index: int, value: float, top: float) -> str:
@@ -75,5 +88,10 @@ def _bar(index: int, value: float, top: float) -> str:
     return f'<rect {at} width="{BAR}" height="{height:.1f}" class="{kind}"/>'
 
 
-def _line(tag: str, cells: Sequence[Any]) -> str:
-    return "<tr>" + "".join(f"<{tag}>{escape(str(cell))}</{tag}>" for cell in cells) + "</tr>"
+def _line(tag: str, cells: Sequence[Any], words: Collection[int] = ()) -> str:
+    kinds = [' class="text"' if index in words else "" for index in range(len(cells))]
+    return "<tr>" + "".join(f"<{tag}{k}>{escape(str(c))}</{tag}>" for k, c in zip(kinds, cells, strict=True)) + "</tr>"
+
+
+def _is_number(cell: Any) -> bool:
+    return not any(character.isalpha() for character in str(cell).replace("e", "", 1)) or str(cell).endswith("B")

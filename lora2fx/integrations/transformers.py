@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from warnings import warn
 
@@ -12,6 +13,7 @@ from torch.optim import Optimizer
 from lora2fx.attachment import attach as attach_optimizer
 from lora2fx.errors import AdapterError, Lora2fxWarning
 from lora2fx.integrations.accelerate import refuse_deepspeed
+from lora2fx.integrations.pages import adapters_page, write_text
 from lora2fx.integrations.position import check_position
 from lora2fx.program import program_of
 from lora2fx.training.ablation import Evaluate
@@ -28,9 +30,10 @@ class TrainerAttachment:
     `attachment` is None before training begins.
     """
 
-    def __init__(self, trainer: Trainer, evaluate: Evaluate | None) -> None:
+    def __init__(self, trainer: Trainer, evaluate: Evaluate | None, page: str | None) -> None:
         self.trainer = trainer
         self.evaluate = evaluate
+        self.page = page
         self.attachment: Attachment | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Optimizer, **_: Any) -> None:
@@ -57,22 +60,33 @@ class TrainerAttachment:
             self.attachment.check_ranks()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Compare the masks of all processes, and let go of the optimizer."""
+        """Compare the masks of all processes, let go of the optimizer, and leave the page."""
         if self.attachment is not None:
             self.attachment.check_ranks()
         self._detach()
+        if self.page is not None:
+            self._write_page(Path(args.output_dir) / self.page, state)
+
+    def _write_page(self, path: Path, state: Any) -> None:
+        text = adapters_page(self.trainer.model, state.log_history)  # of a sharded model all processes gather
+        if state.is_world_process_zero:
+            try:
+                write_text(path, text)
+            except OSError as error:
+                warn(f"{path} could not be written: {error}. Training is done.", Lora2fxWarning, stacklevel=2)
 
     def _detach(self) -> None:
         if self.attachment is not None:
             self.attachment.detach()
 
 
-def attach(trainer: Trainer, evaluate: Evaluate | None = None) -> TrainerAttachment:
+def attach(trainer: Trainer, evaluate: Evaluate | None = None, page: str | None = "lora2fx.html") -> TrainerAttachment:
     """Have the Trainer drive its model's adapters: call it once, before `trainer.train()`; returns the callback.
 
     The schedule runs over the Trainer's own optimizer steps (`max_steps`, or epochs and gradient accumulation).
     Budgets, active entries, importance, penalty and skipped steps go into the Trainer's log. All state is in the
-    model's checkpoints: `train(resume_from_checkpoint=...)` goes on where they are. `evaluate` is ALoRA's.
+    model's checkpoints: `train(resume_from_checkpoint=...)` goes on where they are. `evaluate` is ALoRA's. In the end
+    `page`, in the Trainer's output folder, shows the ranks as a heat map, and the log as charts; None writes none.
 
     Raises `AdapterError` (no adapters, attached already); what `lora2fx.attach` raises comes when training begins.
     Warns where the model ignores the Trainer's loss scaling under gradient accumulation.
@@ -84,7 +98,7 @@ def attach(trainer: Trainer, evaluate: Evaluate | None = None) -> TrainerAttachm
     if any(isinstance(callback, TrainerAttachment) for callback in callbacks):
         raise AdapterError("this Trainer is attached already; a second attachment would prune twice a step.")
     kind = type("Lora2fxCallback", (TrainerAttachment, TrainerCallback), {})
-    callback: TrainerAttachment = kind(trainer, evaluate)
+    callback: TrainerAttachment = kind(trainer, evaluate, page)
     callbacks.insert(0, callback)
     return callback
 

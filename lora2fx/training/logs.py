@@ -2,24 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from lora2fx.adapter import Adapter
 from lora2fx.training.driver import Attachment
 from lora2fx.training.importance import axis_importance
 
 QUANTILES = (0.1, 0.5, 0.9)
 
 
+def _is_scored(adapters: Sequence[Adapter], name: str) -> bool:
+    scored = adapters[0].axes()[name].scored
+    buffers = {key for key, _ in adapters[0].named_buffers()}
+    return bool(scored) and all(f"{one}_sensitivity" in buffers for one, _ in scored)
+
+
 def _importance(attachment: Attachment, name: str) -> Tensor | None:
     """Importance of what is left on an axis, float32 on the CPU; None where the method keeps no averages of it."""
-    axes = [adapter.axes()[name] for adapter in attachment.adapters]
-    buffers = {key for key, _ in attachment.adapters[0].named_buffers()}
-    if not axes[0].scored or any(f"{scored}_sensitivity" not in buffers for scored, _ in axes[0].scored):
+    if not _is_scored(attachment.adapters, name):
         return None
+    axes = [adapter.axes()[name] for adapter in attachment.adapters]
     scores = axis_importance(attachment.adapters, name)
     left = [score[axis.mask & axis.keep].float().cpu() for score, axis in zip(scores, axes, strict=True)]
     return torch.cat(left)
+
+
+def site_importances(adapters: Sequence[Adapter]) -> list[dict[str, list[float]]]:
+    """By adapter and scored axis the importance of every entry, as far as the method keeps averages of it."""
+    found: list[dict[str, list[float]]] = [{} for _ in adapters]
+    for name in adapters[0].axes() if adapters else ():
+        if _is_scored(adapters, name):
+            for own, scores in zip(found, axis_importance(adapters, name), strict=True):
+                own[name] = scores.tolist()
+    return found
 
 
 def log_values(attachment: Attachment) -> dict[str, float]:
