@@ -18,6 +18,7 @@ from lora2fx.errors import AdapterError, FormatError
 from lora2fx.inputs import ExampleInputs
 from lora2fx.passes.entries import adapter_entry, totals
 from lora2fx.passes.merging import site_weight
+from lora2fx.passes.state import kept_on_error
 from lora2fx.program import Method, Program, Record, program_of, refuse_baseline
 from lora2fx.reports import Report
 from lora2fx.sharding import one_writer, whole
@@ -26,7 +27,7 @@ from lora2fx.storage_files import MANIFEST, PAYLOAD, tensor_digest, write_files
 from lora2fx.storage_format import SCHEMA, Manifest, SavedSite, check_against_model
 from lora2fx.storage_method import encode_method
 from lora2fx.storage_peft import load_peft
-from lora2fx.storage_peft_config import CONFIG
+from lora2fx.storage_peft_config import is_peft_folder
 from lora2fx.storage_tensors import adapter_tensors, check_names, check_tensor
 from lora2fx.training.progress import read_progress
 
@@ -159,7 +160,7 @@ def load(
     """
     refuse_adapted(model, "load")
     place = Path(folder)
-    if not os.path.lexists(place / MANIFEST) and os.path.lexists(place / CONFIG):
+    if is_peft_folder(place):
         load_peft(model, place, example_inputs, allow_other_base)
         return model
     described = read_description(place, methods)
@@ -169,8 +170,9 @@ def load(
     devices = {saved.site.weight: model.get_parameter(saved.site.weight).device for saved in manifest.sites}
     if not allow_other_base:
         _check_base(manifest, model)
-    adapters, trained = read_adapters(place, described, devices)
     heads = _head_tensors(model, manifest.modules_to_save)
+    size = sum(head.nbytes for head in heads.values())
+    adapters, trained = read_adapters(place, described, devices, size)
     check_names("modules_to_save", trained, set(heads))
     for name, head in heads.items():
         check_tensor(name, trained[name], tuple(head.shape), head.dtype)
@@ -179,7 +181,7 @@ def load(
             _install(model, manifest, described.method, adapters)
         except Exception as error:
             raise FormatError(f"the saved rewrites don't fit this model: {type(error).__name__}: {error}") from error
-        with torch.no_grad():
+        with kept_on_error(heads.values()), torch.no_grad():
             for name, head in heads.items():
                 head.copy_(trained[name])
     return model

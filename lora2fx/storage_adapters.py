@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from lora2fx.adapter import Adapter
+from lora2fx.errors import FormatError
 from lora2fx.program import Method
-from lora2fx.storage_files import MANIFEST, read_json, read_payload, seal
+from lora2fx.storage_files import JSON_LIMIT, MANIFEST, read_json, read_payload, seal
 from lora2fx.storage_format import Manifest, parse_manifest
 from lora2fx.storage_method import METHODS, decode_method
-from lora2fx.storage_tensors import saved_adapter
+from lora2fx.storage_tensors import blueprint, saved_adapter
 
 
 @dataclass(frozen=True)
@@ -45,14 +46,27 @@ def _grouped(tensors: Mapping[str, Tensor], paths: Collection[str]) -> dict[str,
     return groups
 
 
+def _check_bytes(described: Description, heads: int) -> None:
+    """Raise `FormatError` where the file is larger than what these sites and modules can hold."""
+    manifest = described.manifest
+    plans = (blueprint(described.method, saved.site) for saved in manifest.sites)
+    most = JSON_LIMIT + heads + sum(8 * value.numel() for plan in plans for value in plan.state_dict().values())
+    if manifest.bytes > most:
+        raise FormatError(
+            f"adapter.json announces {manifest.bytes} bytes of tensors where its sites and modules hold at most {most}."
+        )
+
+
 def read_adapters(
-    folder: Path, described: Description, devices: Mapping[str, torch.device]
+    folder: Path, described: Description, devices: Mapping[str, torch.device], heads: int
 ) -> tuple[dict[str, Adapter], dict[str, Tensor]]:
     """The adapters by module path, and the tensors of the modules trained whole by name; not yet checked against any.
 
-    `devices` by weight, the CPU where there is none. Raises `FormatError`.
+    `devices` by weight, the CPU where there is none; `heads` is how many bytes the modules trained whole have in the
+    base. Raises `FormatError`.
     """
     manifest = described.manifest
+    _check_bytes(described, heads)
     tensors = read_payload(folder, manifest.bytes, manifest.sha256, described.seal)
     groups = _grouped(tensors, {saved.adapter for saved in manifest.sites})
     found: dict[str, Adapter] = {}

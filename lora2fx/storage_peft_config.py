@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import isfinite
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lora2fx.errors import FormatError
-from lora2fx.storage_files import read_json
+from lora2fx.storage_files import MANIFEST, read_json
 from lora2fx.storage_names import NamePattern, parse_pattern
 
 V = TypeVar("V")
@@ -82,6 +83,13 @@ def _number(where: str, found: Any) -> float:
     if type(found) not in (int, float) or abs(found) > 1e30 or not isfinite(found):
         raise _refuse(where, found, "a number")
     return float(found)
+
+
+def _share(where: str, found: Any) -> float:
+    share = _number(where, found)
+    if not 0 <= share < 1:
+        raise _refuse(where, found, "a number of at least 0 and below 1")
+    return share
 
 
 def _flag(where: str, found: Any) -> bool:
@@ -167,7 +175,7 @@ def parse_config(config: Any) -> PeftConfig:
         kind,
         r,
         _number("lora_alpha", config.get("lora_alpha", 8)),
-        _number("lora_dropout", config.get("lora_dropout", 0.0)),
+        _share("lora_dropout", config.get("lora_dropout", 0.0)),
         _flag("use_rslora", config.get("use_rslora", False)) and not ada,
         _number("orth_reg_weight", config.get("orth_reg_weight", 0.5)),
         bias,
@@ -178,6 +186,11 @@ def parse_config(config: Any) -> PeftConfig:
         not any(config.get(name) for name in ("exclude_modules", "layers_to_transform", "layers_pattern")),
         _names("modules_to_save", config.get("modules_to_save") or []),
     )
+
+
+def is_peft_folder(folder: Path) -> bool:
+    """Whether a folder is PEFT's and none that `lora2fx.save` wrote."""
+    return os.path.lexists(folder / CONFIG) and not os.path.lexists(folder / MANIFEST)
 
 
 def read_config(folder: Path) -> PeftConfig:

@@ -14,6 +14,8 @@ from lora2fx.program import Method
 from lora2fx.site import Site
 
 SPARE = 2**20
+PRUNED = 256
+"""How many times as many elements as are saved an adapter may have had before it was pruned, and `SPARE` more."""
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -49,6 +51,15 @@ def _mask_lengths(path: str, adapter: Adapter, found: Mapping[str, Tensor]) -> d
             )
         lengths[axis] = mask.numel()
     return lengths
+
+
+def _check_size(path: str, plan: Adapter, found: Mapping[str, Tensor]) -> None:
+    """Making the method's unpruned adapter must not cost much more than the file's own tensors did."""
+    size, saved = (sum(value.numel() for value in held.values()) for held in (plan.state_dict(), found))
+    if size > 4 * SPARE + PRUNED * saved:
+        raise FormatError(
+            f"{path}: the method makes {size} elements of which the file holds {saved}: not this method's."
+        )
 
 
 def _shortened(method: Method, site: Site, lengths: Mapping[str, int]) -> Adapter:
@@ -88,6 +99,7 @@ def saved_adapter(
     """
     plan = blueprint(method, site)
     check_names(path, found, set(adapter_tensors(plan)))
+    _check_size(path, plan, found)
     adapter = _shortened(method, site, _mask_lengths(path, plan, found))
     dtype = _check_tensors(path, adapter, found)
     adapter.to(device=device, dtype=dtype)

@@ -26,6 +26,7 @@ from lora2fx.program import Method, Program, Record
 from lora2fx.reports import Report
 from lora2fx.storage_adapters import read_adapters, read_description
 from lora2fx.storage_files import digest, tensor_digest
+from lora2fx.storage_peft_config import is_peft_folder
 from lora2fx.stream_plan import Plan, plan_merge, weights_of
 
 Folder = str | os.PathLike[str]
@@ -125,9 +126,15 @@ def fold_checkpoint(
     check_rounding(rounding)
     place, folder = Path(out), Path(adapter)
     check_new(place)
+    if is_peft_folder(folder):
+        raise FormatError(
+            f"{folder} is a PEFT adapter, which says too little of its weights to be merged tensor by tensor. Load it"
+            " on the model, lora2fx.load(model, folder), then lora2fx.fold(model)."
+        )
     described = read_description(folder, methods)
     checkpoint = open_checkpoint(Path(base))
-    adapters, trained = read_adapters(folder, described, {})
+    size = sum(stored.stop - stored.start for stored in checkpoint.tensors.values())
+    adapters, trained = read_adapters(folder, described, {}, size if described.manifest.modules_to_save else 0)
     plan = plan_merge(checkpoint, described.manifest, trained)
     program = Program(nn.Module(), nn.Module(), Record(described.method, frozenset()), adapters)
     status = check_schedule(program, strict)

@@ -13,6 +13,7 @@ import lora2fx
 from lora2fx.commands.naming import add_adapted, named_source
 from lora2fx.passes.rounding import Rounding
 from lora2fx.sources import SourceError
+from lora2fx.storage_peft_config import is_peft_folder
 from lora2fx.streaming import fold_checkpoint
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ def add_parser(commands: Commands) -> None:
         "fold",
         help="merge an adapter into its base: a plain model folder",
         description="Merge an adapter into its base folder, tensor by tensor, without loading the model; a run that was"
-        " cut off is gone on with. With --as the model is loaded and saved as that class instead.",
+        " cut off is gone on with. With --as, and for PEFT's adapters, the model is loaded and saved instead.",
     )
     add_adapted(fold)
     fold.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="a folder that is not there yet")
@@ -43,7 +44,7 @@ def _run(options: argparse.Namespace) -> None:
     base, out = Path(options.base), Path(options.out)
     if out.exists():
         raise SourceError(f"--out {out} is there already; name a new folder.")
-    if options.as_class is None and base.is_dir():
+    if options.as_class is None and base.is_dir() and not is_peft_folder(options.adapter):
         allowed = options.allow_other_base
         print(fold_checkpoint(base, options.adapter, out, rounding=options.rounding, allow_other_base=allowed))
     else:
@@ -54,7 +55,8 @@ def _run(options: argparse.Namespace) -> None:
 def _fold_loaded(options: argparse.Namespace, base: Path, out: Path) -> None:
     """Build the model, fold it, save it as transformers does."""
     source = named_source(options.base, options)
-    lora2fx.load(source.model, options.adapter, allow_other_base=options.allow_other_base)
+    given, allowed = source.example_inputs, options.allow_other_base
+    lora2fx.load(source.model, options.adapter, allow_other_base=allowed, example_inputs=given)
     save = getattr(source.model, "save_pretrained", None)
     if save is None:
         raise SourceError(f"{base} is no transformers model; lora2fx export --safetensors writes its merged weights.")

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 def add_adapted(parser: argparse.ArgumentParser) -> None:
     """Add `--base`, `--adapter` and `--as`."""
     parser.add_argument("--base", required=True, metavar="MODEL", help=f"the base model: {MODEL_HELP}")
-    parser.add_argument("--adapter", required=True, type=Path, metavar="FOLDER", help="what lora2fx.save wrote")
+    written = "what lora2fx.save wrote, or a LoRA or AdaLoRA of PEFT's"
+    parser.add_argument("--adapter", required=True, type=Path, metavar="FOLDER", help=written)
     add_class(parser)
 
 
@@ -46,5 +47,5 @@ def named_source(name: str, options: argparse.Namespace) -> Source:
 def adapted_source(options: argparse.Namespace) -> Source:
     """The model of `--base` with the adapter of `--adapter`."""
     source = named_source(options.base, options)
-    lora2fx.load(source.model, options.adapter)
+    lora2fx.load(source.model, options.adapter, example_inputs=source.example_inputs)
     return source

@@ -80,7 +80,7 @@ def names_site(pattern: str, site: Site) -> bool:
 
 
 def value_of(site: Site, default: V, pattern: Mapping[str, V], name: str = "rank_pattern") -> V:
-    """The site's value: the pattern's where one of its names means the site, else the default; a weight's full name wins.
+    """The pattern's value where one of its names means the site, else the default; a weight's full name wins.
 
     Raises `MethodError` where two names mean the site and differ.
     """
