@@ -101,6 +101,11 @@ def unloaded_copy(model: nn.Module, asked: str) -> nn.Module:
     return copied
 
 
+def copy_of(model: nn.Module) -> nn.Module:
+    """A copy on the CPU that shares nothing with the model."""
+    return _full(model)
+
+
 def double_copy(model: nn.Module) -> nn.Module:
     """A float64 copy that shares nothing with the model."""
     return _full(model).double()

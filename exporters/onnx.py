@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,31 +11,19 @@ import torch
 from torch import nn
 
 from lora2fx.errors import ExportError
-from lora2fx.exporters.copies import Copies, bind_constants, copies_of
-from lora2fx.exporters.onnx_attempts import Exported, NamedAxes, export_both
-from lora2fx.exporters.onnx_files import note_metadata, publish_onnx, save_onnx
+from lora2fx.exporters.copies import Copies, copies_of, unwrapped
+from lora2fx.exporters.onnx_files import note_metadata, publish_onnx
 from lora2fx.exporters.onnx_graph import op_counts, paired_constants
-from lora2fx.exporters.onnx_program import plain_attention, without_cache
-from lora2fx.exporters.onnx_proof import Proof, prove_outputs
+from lora2fx.exporters.onnx_lowered import float_model
+from lora2fx.exporters.onnx_options import NamedAxes, Options
+from lora2fx.exporters.onnx_program import plain_attention
+from lora2fx.exporters.onnx_proof import Proof
+from lora2fx.exporters.onnx_tasks import Proven, Task, export_task, write_proven
 from lora2fx.exporters.onnx_weights import check_weights
-from lora2fx.exporters.runtime import Provider, open_session, require_onnx_packages, run_session
-from lora2fx.exporters.shapes import named_inputs
+from lora2fx.exporters.runtime import Provider, require_onnx_packages
 from lora2fx.exporters.writing import check_file, staging
-from lora2fx.inputs import ExampleInputs, as_inputs
+from lora2fx.inputs import ExampleInputs
 from lora2fx.reports import Report
-
-
-@dataclass(frozen=True)
-class Options:
-    """How to export: names, dynamic dimensions, opset, and where ONNX Runtime runs the proof."""
-
-    output_names: Sequence[str] | None = None
-    dynamic: bool = True
-    dynamic_axes: NamedAxes | None = None
-    opset: int = 20
-    providers: Sequence[Provider] = ("CPUExecutionProvider",)
-    external_data: bool | None = None
-    metadata: bool = True
 
 
 def export_onnx(
@@ -52,22 +38,42 @@ def export_onnx(
     providers: Sequence[Provider] = ("CPUExecutionProvider",),
     external_data: bool | None = None,
     metadata: bool = True,
+    dtype: str | None = None,
+    int8: bool = False,
+    kv_cache: bool = False,
 ) -> Report:
     """Write the model with its adapters merged as ONNX, with a JSON report `<path>.report.json` beside it.
 
     The model stays adapted and untouched: copies of it are folded and exported. A plain model is exported as it is.
     Dynamic dimensions are found by trying ("batch", "sequence", "decoder_sequence"); `dynamic_axes`, such as
     `{"input_ids": {0: "batch"}}`, names them instead, and `dynamic=False` fixes them all. `external_data` keeps weights
-    in a file of their own (None: above 1.5 GB), named by their content.
+    in a file of their own (None: above 1.5 GB), named by their content. `kv_cache` gives a decoder its cache as inputs
+    `past_key_values.<layer>.key` and outputs `present.<layer>.key` (likewise `value`), past length 0 included.
+    `dtype="float16"` merges in float32 and rounds once; `int8` then quantises the weights of all MatMuls dynamically.
 
     The file counts as written once it has passed: the ONNX checker; ONNX Runtime on `providers[0]` against the adapted
     model at several shapes (`prove_outputs`); and the base model's export, from which it may differ in each site's ΔW
-    alone (`check_weights`). Raises `ExportError` otherwise, or what folding raises (an unfinished pruning schedule, a
-    factor that isn't finite); nothing is left behind then, and an older file of that name stays.
+    alone (`check_weights`). An int8 file was a float32 file that passed, and then is held to what 8 bits do to the base
+    model. Raises `ExportError` otherwise, or what folding raises (an unfinished pruning schedule, a factor that isn't
+    finite); nothing is left behind then, and an older file of that name stays.
     """
     require_onnx_packages()
-    options = Options(output_names, dynamic, dynamic_axes, opset, tuple(providers), external_data, metadata)
-    return export_copies(copies_of(model, "export_onnx"), path, example_inputs, options)
+    options = Options(
+        output_names,
+        dynamic,
+        dynamic_axes,
+        opset,
+        tuple(providers),
+        external_data,
+        metadata,
+        dtype,
+        int8,
+        kv_cache,
+    )
+    options.check()
+    model = unwrapped(model)
+    copies = copies_of(model if dtype is None else float_model(model), "export_onnx")
+    return export_copies(copies, path, example_inputs, options)
 
 
 def export_copies(
@@ -76,51 +82,47 @@ def export_copies(
     """`export_onnx` from the three copies on; the copies' configs may be switched."""
     place = Path(path)
     check_file(place)
-    _refuse_bfloat16(copies.adapted)
-    models = list({id(m): m for m in (copies.adapted, copies.base, copies.merged)}.values())
-    prepared = ["eval mode", "fused encoder path off", *without_cache(models)]
+    refuse_bfloat16(copies.adapted)
     with plain_attention():
-        tensors, constants = named_inputs(copies.adapted, as_inputs(copies.adapted, example_inputs))
-        for module in models:
-            bind_constants(module, constants)
-        axes = options.dynamic_axes if options.dynamic else {}
-        exported = export_both(copies, tensors, axes, options.output_names, options.opset)
-        weights = check_weights(paired_constants(exported.base, exported.merged), copies.changes)
+        task = export_task(copies, example_inputs, options)
+        weights = check_weights(paired_constants(task.exported.base, task.exported.merged), task.lowered.changes)
         with staging(place.parent) as aside:
-            staged = save_onnx(exported.merged, aside / place.name, options.external_data)
-            session = open_session(staged[0], options.providers)
-            run, plan = functools.partial(run_session, session), exported.plan
-            proof = prove_outputs(run, copies, plan.cases, plan.names)
-            details = _details(session, exported, proof, weights, options.opset)
-            details |= {"constants": constants, "preparation": [*prepared, *exported.switched]}
-            del run, session  # it may hold the file open
-            report = _report(copies, details, proof)
+            proven = write_proven(task, aside / place.name, options)
+            details = _details(task, proven, weights, options)
+            report = _report(task.copies, details, proven.proof)
             if options.metadata:
-                note_metadata(staged[0], copies, proof)
-            publish_onnx(staged, place, report)
+                note_metadata(proven.paths[0], task.copies, proven.proof, details)
+            publish_onnx(proven.paths, place, report)
     return report
 
 
-def _refuse_bfloat16(model: nn.Module) -> None:
+def refuse_bfloat16(model: nn.Module) -> None:
+    """Raise `ExportError` for a model that ONNX Runtime can't run from Python."""
     if any(parameter.dtype == torch.bfloat16 for parameter in model.parameters()):
         raise ExportError(
             f"{type(model).__name__} is in bfloat16, which ONNX Runtime can't be given from Python, so that the file"
-            " can't be proven. Export model.float() or model.half()."
+            " can't be proven. Ask for dtype='float32' or dtype='float16'."
         )
 
 
-def _details(session: Any, exported: Exported, proof: Proof, weights: Mapping[str, int], opset: int) -> dict[str, Any]:
-    plan = exported.plan
-    return proof.to_dict() | {
+def _details(task: Task, proven: Proven, weights: Mapping[str, int], options: Options) -> dict[str, Any]:
+    plan = task.exported.plan
+    axes = {name: {str(dim): symbol for dim, symbol in dims.items()} for name, dims in plan.shapes.axes.items()}
+    return proven.proof.to_dict() | {
         "weights": dict(weights),
-        "provider": session.get_providers()[0],
-        "opset": opset,
-        "op_counts": op_counts(exported.merged),
-        "dynamic_axes": plan.shapes.axes,
+        "weights_sha256": proven.weights_sha256,
+        "dtype": task.dtype(options),
+        "int8": proven.int8,
+        "provider": proven.provider,
+        "opset": options.opset,
+        "op_counts": op_counts(proven.graph),
+        "dynamic_axes": axes,
         "traced": dict(plan.shapes.traced),
-        "inputs": [value.name for value in session.get_inputs()],
+        "inputs": list(proven.inputs),
         "output_names": list(plan.names),
         "not_checked": list(plan.not_checked),
+        "constants": task.constants,
+        "preparation": [*task.prepared, *task.exported.switched],
     }
 
 

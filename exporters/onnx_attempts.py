@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,21 +12,25 @@ from torch import nn
 
 from lora2fx.errors import ExportError, Lora2fxWarning
 from lora2fx.exporters.copies import Copies
-from lora2fx.exporters.onnx_program import export_program, name_outputs, with_plain_kernels
+from lora2fx.exporters.onnx_options import NamedAxes
+from lora2fx.exporters.onnx_program import name_outputs, with_plain_kernels
 from lora2fx.exporters.onnx_proof import outputs_of
-from lora2fx.exporters.shapes import Case, Shapes, Tensors, cases, find_axes, given_axes
-
-NamedAxes = Mapping[str, Mapping[int, str]]
+from lora2fx.exporters.onnx_twin import export_pair
+from lora2fx.exporters.shapes import Case, Shapes, Tensors, as_dtype, cases, find_axes, given_axes
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is asked of an export: its dynamic dimensions, the inputs to check it with, its outputs' names."""
+    """What is asked of an export: its dynamic dimensions, the inputs to check it with, its outputs' names.
+
+    `fixed` are the dimensions that the model could vary and this plan doesn't.
+    """
 
     shapes: Shapes
     cases: tuple[Case, ...]
     not_checked: tuple[str, ...]
     names: tuple[str, ...]
+    fixed: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -39,50 +43,59 @@ class Exported:
     switched: tuple[str, ...]
 
 
-def export_both(
-    copies: Copies, tensors: Tensors, axes: NamedAxes | None, output_names: Sequence[str] | None, opset: int
-) -> Exported:
-    """The base's and the merged model's graphs. `axes` None finds the dimensions that may vary; {} fixes all.
+def plans_for(
+    model: nn.Module, tensors: Tensors, axes: NamedAxes | None, output_names: Sequence[str] | None
+) -> Iterator[Plan]:
+    """What to try, best first: `axes` None finds the dimensions that may vary, then fixes the sequences; {} fixes all.
 
-    Where torch.export refuses, transformers models go to plainer kernels, and then found sequences become fixed, with
-    a `Lora2fxWarning`; axes that were given never do. Raises the first `ExportError` if nothing helps.
+    Axes that were given are never given up.
     """
-    found = _shapes(copies.adapted, tensors, axes)
+    found = _shapes(model, tensors, axes)
+    yield plan_of(model, cases(tensors, found), found, output_names)
     fixed = set(found.traced) - {"batch"}
+    if fixed and axes is None:
+        shapes = found.without(fixed)
+        plan = plan_of(model, cases(tensors, shapes), shapes, output_names)
+        yield replace(plan, fixed=frozenset(fixed))
+
+
+def export_both(copies: Copies, plans: Iterable[Plan], opset: int, dtype: torch.dtype | None = None) -> Exported:
+    """The base's and the merged model's graphs by the first plan that torch.export follows.
+
+    Where it refuses, transformers models go to plainer kernels before the next plan is tried, which fixes dimensions
+    with a `Lora2fxWarning`. `dtype` is that of the inputs, where it isn't the cases' own. Raises the first
+    `ExportError` if nothing helps.
+    """
     switched: list[str] = []
     errors: list[ExportError] = []
-    for shapes in [found, found.without(fixed)] if fixed and axes is None else [found]:
-        plan = _plan(copies.adapted, tensors, shapes, output_names)
+    for plan in plans:
         for plainer in (False, True):
             now = with_plain_kernels([copies.base, copies.merged]) if plainer else []
             if plainer and not now:
                 break
             switched += now
             try:
-                base, merged = _graphs(copies, plan, opset)
+                base, merged = _graphs(copies, plan, opset, dtype)
             except ExportError as error:
                 errors.append(error)
                 continue
-            if shapes is not found:
-                _warn_fixed(fixed, errors[0])
+            if plan.fixed:
+                _warn_fixed(plan.fixed, errors[0])
             return Exported(base, merged, plan, tuple(switched))
     raise errors[0]
 
 
-def _graphs(copies: Copies, plan: Plan, opset: int) -> tuple[Any, Any]:
-    tensors, axes = plan.cases[0].tensors, plan.shapes.axes
-    merged = export_program(copies.merged, tensors, axes, plan.names, opset)
-    if copies.base is copies.merged:
-        return merged, merged
-    return export_program(copies.base, tensors, axes, plan.names, opset), merged
+def _graphs(copies: Copies, plan: Plan, opset: int, dtype: torch.dtype | None) -> tuple[Any, Any]:
+    tensors, axes = as_dtype(plan.cases[0].tensors, dtype), plan.shapes.axes
+    return export_pair(copies.base, copies.merged, tensors, axes, plan.names, opset)
 
 
-def _warn_fixed(fixed: set[str], error: ExportError) -> None:
+def _warn_fixed(fixed: frozenset[str], error: ExportError) -> None:
     warnings.warn(
         f"{', '.join(sorted(fixed))} can vary in the model and is fixed in the exported graph, at the size of the"
         f" example inputs: {error}",
         Lora2fxWarning,
-        stacklevel=5,
+        stacklevel=6,
     )
 
 
@@ -103,8 +116,8 @@ def _shapes(model: nn.Module, tensors: Tensors, axes: NamedAxes | None) -> Shape
     return given_axes(tensors, axes, lambda inputs: _runs(model, inputs))
 
 
-def _plan(model: nn.Module, tensors: Tensors, shapes: Shapes, output_names: Sequence[str] | None) -> Plan:
-    every = cases(tensors, shapes)
+def plan_of(model: nn.Module, every: Sequence[Case], shapes: Shapes, output_names: Sequence[str] | None) -> Plan:
+    """The cases that the model runs at; raises `ExportError` where the first, which is traced, is none of them."""
     can = tuple(case for case in every if _runs(model, case.tensors))
     if not can or can[0] is not every[0]:
         raise ExportError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import logging
 import warnings
@@ -49,7 +50,7 @@ def without_cache(models: Sequence[nn.Module]) -> list[str]:
 def with_plain_kernels(models: Sequence[nn.Module]) -> list[str]:
     """Put copies of transformers models on kernels that export where their own don't; says what was switched."""
     switched: list[str] = []
-    for model in models:
+    for model in (inner for shell in models for inner in _configured(shell)):
         config = getattr(model, "config", None)
         for what, method, kernel, instead_of in _PLAIN:
             switch: Any = getattr(model, method, None)
@@ -57,6 +58,11 @@ def with_plain_kernels(models: Sequence[nn.Module]) -> list[str]:
                 switch(kernel)
                 switched.append(f"{what}_implementation={kernel!r}")
     return list(dict.fromkeys(switched))
+
+
+def _configured(model: nn.Module) -> list[nn.Module]:
+    """The outermost module that has a config: the model itself, or what it was put around."""
+    return [module for module in model.modules() if hasattr(module, "config")][:1]
 
 
 def name_outputs(output: Any, inputs: Sequence[str]) -> list[str]:
@@ -69,20 +75,25 @@ def name_outputs(output: Any, inputs: Sequence[str]) -> list[str]:
     return [f"{name}_out" if name in inputs else name for name in names]
 
 
-def export_program(model: nn.Module, tensors: Tensors, axes: Axes, output_names: Sequence[str], opset: int) -> Any:
-    """The model as onnxscript IR without traces of where its source lies. Raises `ExportError` where it can't be."""
-    shapes = {name: dict(axes[name]) if name in axes else None for name in tensors}
+def trace_program(model: nn.Module, tensors: Tensors, axes: Axes, output_names: Sequence[str], opset: int) -> Any:
+    """torch's ONNX program of the model, not optimised yet, so that weights have the model's own names for them.
+
+    Raises `ExportError` where torch can't export it.
+    """
+    shell, kwargs, shapes = _named_call(model, tensors, axes)
     try:
         with _quiet(), torch.no_grad():
             program = torch.onnx.export(
-                model,
+                shell,
                 (),
-                kwargs=dict(tensors),
+                kwargs=kwargs,
                 dynamo=True,
                 dynamic_shapes=shapes if axes else None,
+                input_names=list(tensors),
                 output_names=list(output_names),
                 opset_version=opset,
                 verbose=False,
+                optimize=False,
             )
     except Exception as error:  # torch.export raises many types, from user code too
         cause = error.__cause__ or error
@@ -91,8 +102,46 @@ def export_program(model: nn.Module, tensors: Tensors, axes: Axes, output_names:
             " dimension is to blame that the model fixes, leave it out with dynamic_axes= (dynamic=False fixes all)."
         ) from error
     assert program is not None
+    _own_names(program.model)
+    return program
+
+
+def optimised(program: Any, model: Any) -> Any:
+    """A graph of the program, its constants folded, without traces of where the model's source lies."""
+    program.model = model
+    with _quiet():
+        program.optimize()
     strip_traces(program.model)
     return program.model
+
+
+class _ByName(nn.Module):
+    """A model called with one dictionary, since torch.export can't tell apart what a `**kwargs` takes in."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.lora2fx_inner = inner
+
+    def forward(self, tensors: Tensors) -> Any:
+        return self.lora2fx_inner(**tensors)
+
+
+def _named_call(model: nn.Module, tensors: Tensors, axes: Axes) -> tuple[nn.Module, dict[str, Any], dict[str, Any]]:
+    """What torch.export calls with which arguments, and the dynamic dimensions in the arguments' structure."""
+    shapes = {name: dict(axes[name]) if name in axes else None for name in tensors}
+    if all(name in inspect.signature(model.forward).parameters for name in tensors):
+        return model, dict(tensors), shapes
+    return _ByName(model).eval(), {"tensors": dict(tensors)}, {"tensors": shapes}
+
+
+def _own_names(model: Any) -> None:
+    """Give weights the names that they have in the user's model, without those of the modules around it."""
+    for value in list(model.graph.initializers.values()):
+        name = value.name
+        while name.startswith("lora2fx_inner."):
+            name = name.removeprefix("lora2fx_inner.")
+        if name != value.name and name not in model.graph.initializers:
+            value.name = name
 
 
 def strip_traces(model: Any) -> None:

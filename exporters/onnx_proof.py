@@ -30,21 +30,40 @@ VACUOUS_BELOW = 100.0
 class _Measure:
     """One output over all cases, as largest differences from the adapted model's: what was exported, by case (errors),
     the base's (margin), the adapted model's own in float64 (noise), and the merged copy's (merge).
+
+    `lowering` is what fewer bits alone do to the model; `agreed` counts rows of the last dimension whose largest
+    entry stayed in its place.
     """
 
     name: str
     errors: dict[str, float] = field(default_factory=dict)
     margin: float = 0.0
     noise: float = 0.0
+    lowering: float = 0.0
     merge: float = 0.0
+    largest: float = 0.0
+    agreed: int = 0
+    rows: int = 0
+
+    @property
+    def rounding(self) -> float:
+        return max(self.noise, self.lowering)
 
     @property
     def tolerance(self) -> float:
-        return max(MARGIN_SHARE * self.margin, NOISE_FACTOR * self.noise)
+        return max(MARGIN_SHARE * self.margin, NOISE_FACTOR * self.rounding)
 
     @property
     def contrast(self) -> float:
-        return self.margin / self.noise if self.noise else 0.0
+        return self.margin / self.rounding if self.rounding else 0.0
+
+    def compare(self, own: Array, other: Array) -> None:
+        """Note the scale of what was expected, and where largest entries are."""
+        finite = np.abs(other[np.isfinite(other)].astype(np.float64))
+        self.largest = max(self.largest, float(finite.max(initial=0.0)))
+        if own.ndim > 1 and own.shape[-1] > 1 and own.size:
+            same = own.argmax(-1) == other.argmax(-1)
+            self.agreed, self.rows = self.agreed + int(same.sum()), self.rows + same.size
 
     def to_dict(self) -> dict[str, Any]:
         error = max(self.errors.values())
@@ -54,7 +73,10 @@ class _Measure:
             "allowed": self.tolerance,
             "margin": self.margin,
             "noise": self.noise,
+            "lowering": self.lowering,
             "merge_error": self.merge,
+            "relative_error": error / self.largest if self.largest else 0.0,
+            "same_argmax": self.agreed / self.rows if self.rows else None,
         }
 
 
@@ -75,20 +97,28 @@ class Proof:
         return {key: list(value) if isinstance(value, tuple) else value for key, value in vars(self).items()}
 
 
+Run = Callable[[Tensors], Sequence[Array]]
+Lowering = Callable[[Tensors], Sequence[float]]
+"""For one case's inputs, how far fewer bits alone move each output of the model."""
+
+
 def prove_outputs(
-    run: Callable[[Tensors], Sequence[Array]], copies: Copies, cases: Sequence[Case], names: Sequence[str]
+    run: Run, copies: Copies, cases: Sequence[Case], names: Sequence[str], lowering: Lowering | None = None
 ) -> Proof:
     """Hold what was exported (`run`) against the adapted model, for every case and output.
 
     error ≤ max(10⁻³ · margin, 8 · noise) with margin = max|adapted − base| and noise = max|adapted in its own dtype −
     in float64|, each over all cases; and the merged copy stays within 64 · noise of the adapted model, which no small
-    part of the adaptation escapes. `vacuous` where margin < 100 · noise for every output: then only the weights prove
-    that the adaptation is there. Raises `ExportError` naming output and case.
+    part of the adaptation escapes. A file of fewer bits than the model has (float16, int8) may be off by 8 times what
+    those bits do by themselves (`lowering`) too. `vacuous` where margin < 100 · that rounding for every output: then
+    only the weights prove that the adaptation is there. Raises `ExportError` naming output and case.
     """
     measures = [_Measure(name) for name in names]
     exact, source = _double(copies.adapted, cases[0])
     for case in cases:
         _measure(measures, case, run(case.tensors), copies, exact)
+        for measure, moved in zip(measures, lowering(case.tensors) if lowering else (), strict=False):
+            measure.lowering = max(measure.lowering, moved)
     for measure in measures:
         _check(measure)
     best = max(measures, key=lambda measure: measure.contrast)
@@ -96,7 +126,7 @@ def prove_outputs(
     return Proof(
         max_error=max(errors.values()),
         margin=best.margin,
-        noise=best.noise,
+        noise=best.rounding,
         vacuous=best.contrast < VACUOUS_BELOW,
         shapes=tuple(_shape_entry(case, errors[case.name]) for case in cases),
         outputs=tuple(measure.to_dict() for measure in measures),
@@ -139,6 +169,7 @@ def _measure(
     for measure, *values, reference in zip(measures, found, plain, merged, precise, expected, strict=True):
         error, margin, merge, noise = (largest_difference(value, reference) for value in values)
         measure.errors[case.name] = error
+        measure.compare(values[0], reference)
         measure.margin = max(measure.margin, margin)
         measure.merge = max(measure.merge, merge)
         measure.noise = max(measure.noise, noise, _least_noise(reference))
@@ -178,7 +209,7 @@ def _check(measure: _Measure) -> None:
             raise ExportError(
                 f"what was exported does not compute what the model does: at {case}, output {measure.name} is off by"
                 f" {error:.3g}, and {measure.tolerance:.3g} is allowed (adapters' effect {measure.margin:.3g}, rounding"
-                f" {measure.noise:.3g}). Nothing was written."
+                f" {measure.rounding:.3g}). Nothing was written."
             )
     if not measure.merge <= MERGE_FACTOR * measure.noise:
         raise ExportError(

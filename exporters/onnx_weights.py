@@ -34,7 +34,8 @@ class _Expected:
         """ΔW, and how far rounding may leave each entry of the merged weight from before + ΔW; both float64."""
         delta: Array = self.change.delta().cpu().numpy()
         rounding: Array = self.change.rounding().cpu().numpy()
-        return delta, np.finfo(self.before.dtype).eps * rounding
+        limits = np.finfo(self.before.dtype)
+        return delta, limits.eps * rounding + float(limits.smallest_subnormal)
 
     def mark(self, place: Place) -> None:
         order, part = place
@@ -63,7 +64,7 @@ def check_weights(pairs: Sequence[Pair], changes: Sequence[Change]) -> dict[str,
     changed = 0
     for pair in pairs:
         base, merged = pair.first.numpy(), pair.second.numpy()
-        if base.tobytes() != merged.tobytes():
+        if not _same_bits(base, merged):
             changed += 1
             _explain(pair.name, base, merged, expected)
     for entry in expected:
@@ -73,6 +74,14 @@ def check_weights(pairs: Sequence[Pair], changes: Sequence[Change]) -> dict[str,
                 " don't have it. Either the merge lost it, or the outputs that were exported don't use this weight."
             )
     return {"unchanged": len(pairs) - changed, "changed": changed, "weights": len(expected)}
+
+
+def _same_bits(base: Array, merged: Array) -> bool:
+    """Whether two arrays of one dtype and shape are the same memory, or hold the same bytes."""
+    if base.__array_interface__["data"] == merged.__array_interface__["data"] and base.strides == merged.strides:
+        return True
+    own, other = (np.ascontiguousarray(array).reshape(-1).view(np.uint8) for array in (base, merged))
+    return np.array_equal(own, other)
 
 
 def _explain(name: str, base: Array, merged: Array, expected: Sequence[_Expected]) -> None:

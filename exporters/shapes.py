@@ -128,6 +128,13 @@ def resize(tensors: Tensors, axes: Axes, sizes: Mapping[str, int]) -> Tensors:
     }
 
 
+def as_dtype(tensors: Tensors, dtype: torch.dtype | None) -> Tensors:
+    """The floating-point inputs in another dtype; None leaves them."""
+    if dtype is None:
+        return tensors
+    return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+
+
 def cases(tensors: Tensors, shapes: Shapes) -> list[Case]:
     """The inputs to check with: as traced, each symbol at 1 and larger than traced, and padded if there's a mask."""
     found = [Case("traced", resize(tensors, shapes.axes, shapes.traced))]

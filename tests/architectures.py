@@ -77,9 +77,10 @@ def check_elsewhere(model: nn.Module, inputs: object, details, path: Path) -> No
         assert float(np.abs(own - other.numpy()).max()) <= limit
 
 
-def grown(tensor: Tensor, dims: dict[int, str]) -> Tensor:
+def grown(tensor: Tensor, dims: dict[str, str]) -> Tensor:
     """Seven rows, and sequences one longer than the example's."""
     for dim, symbol in dims.items():
-        size = 7 if symbol == "batch" else tensor.shape[dim] + 1
-        tensor = tensor.index_select(dim, torch.arange(size) % tensor.shape[dim])
+        axis = int(dim)
+        size = 7 if symbol == "batch" else tensor.shape[axis] + 1
+        tensor = tensor.index_select(axis, torch.arange(size) % tensor.shape[axis])
     return tensor

@@ -91,13 +91,14 @@ def test_the_report_holds_the_proof(exported):
     assert [case["case"] for case in details["shapes"]] == ["traced", "batch 1", "larger batch"]
     assert (details["provider"], details["opset"]) == ("CPUExecutionProvider", 20)
     assert details["op_counts"] == {"Gemm": 3, "Tanh": 2}
-    assert details["dynamic_axes"] == {"x": {0: "batch"}}
+    assert details["dynamic_axes"] == {"x": {"0": "batch"}}
     assert report.verify["status"] == "passed"
     assert [site["rank"] for site in report.sites] == [3, 0, 3]
     written = json.loads((folder / "m.onnx.report.json").read_text())
     assert written["sha256"] == hashlib.sha256((folder / "m.onnx").read_bytes()).hexdigest()
     assert written["max_error"] == details["max_error"]
     assert "max_error" in str(report)
+    assert json.loads(json.dumps(report.to_dict())) == report.to_dict()
 
 
 def test_the_file_says_what_it_is_and_not_where_it_was_made(exported):
@@ -108,6 +109,9 @@ def test_the_file_says_what_it_is_and_not_where_it_was_made(exported):
     assert notes["lora2fx.version"] == lora2fx.__version__
     assert json.loads(notes["lora2fx.parity"])["max_error"] == report.details["max_error"]
     assert len(notes["lora2fx.base_sha256"]) == 64
+    assert notes["lora2fx.weights_sha256"] == report.details["weights_sha256"]
+    assert notes["lora2fx.dtype"] == "float32"
+    assert json.loads(notes["lora2fx.versions"])["onnxruntime"] == onnxruntime.__version__
     assert not any(node.metadata_props or node.doc_string for node in model.graph.node)
     content = (folder / "m.onnx").read_bytes()
     assert b".py" not in content

@@ -23,7 +23,7 @@ def test_bert(tmp_path):
 
 def test_a_plain_vit(tmp_path):
     report, _, _ = export("vit_plain", ["query", "key", "value", "ffn"], tmp_path)
-    assert report.details["dynamic_axes"] == {"images": {0: "batch"}}
+    assert report.details["dynamic_axes"] == {"images": {"0": "batch"}}
 
 
 def test_a_padded_transformer_encoder(tmp_path):
