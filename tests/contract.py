@@ -46,6 +46,8 @@ METHODS = {
     "LoRA": LoRA(r=3),
     "LoRA2": LoRA2(r=4, k=3, target_r=2, **BUDGET),
     "LoRA2, columns": LoRA2(r=4, k=3, target_k=1, init="zero_out", **BUDGET),
+    "LoRA2, defaults": LoRA2(r=4, **BUDGET),
+    "LoRA2, by budget": LoRA2(r=4, budget="columns", target_k=1, **BUDGET),
     "LoRA2, both": LoRA2(r=4, k=3, target_r=2, target_k=2, sensitivity="task", **BUDGET),
     "LoRA2, local": LoRA2(r=4, k=3, target_r=2, budget_scope="local", reset_moments_on_mask=True, **BUDGET),
     "LoRA2, published": LoRA2.paper(r=4, k=3, target_r=2, **BUDGET),

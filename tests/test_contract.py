@@ -278,7 +278,7 @@ def test_saved_is_loaded(method, tmp_path):
     expected = model(x).detach()
     lora2fx.save(model, tmp_path / "adapter")
     again = lora2fx.load(Plain().double().eval(), tmp_path / "adapter", methods=[GatedPlanes])
-    assert torch.equal(again(x), expected)
+    close(again(x).detach(), expected, size=1e-14)  # a sum's order follows where in memory the factors lie
     assert all(isinstance(a, Adapter) for a in adapters_of(again))
     lora2fx.fold(again)
     close(again(x).detach(), expected)

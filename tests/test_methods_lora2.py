@@ -236,13 +236,48 @@ def test_frozen_and_replaceable():
         ({"scorer": "eq7"}, "scorer='eq7'"),
         ({"scale_eps": float("inf")}, "scale_eps=inf"),
         ({"r": 4, "k": 8}, "needs r ≥ k; got r=4, k=8. Lower k, raise r, or use init='zero_out'"),
-        ({"rank_pattern": {"query": 4}}, "needs r ≥ k; got r=4, k=8"),
+        ({"rank_pattern": {"query": 4}, "k": 8}, "needs r ≥ k; got r=4, k=8"),
         ({"scorer": "eq8", "target_k": 1}, "both score the outer factors"),
+        ({"target_k": float("nan")}, "target_k=nan: pass a number"),
+        ({"budget": "rows"}, "budget='rows': pass one of 'columns', 'lambda'"),
+        ({"budget": "columns", "target_r": 2}, "prunes by target_k, but target_r=2 was given. Pass target_k, or leave"),
+        ({"budget": "lambda", "target_k": 2}, "prunes by target_r, but target_k=2 was given. Pass target_r, or leave"),
+        ({"budget": "columns", "k": 3, "budget_scope": "local"}, "target_k=1.5 is no whole number"),
+        ({"budget": "columns", "scorer": "eq8"}, "both score the outer factors"),
     ],
 )
 def test_hyperparameters_that_cannot_work(settings, match):
     with pytest.raises(MethodError, match=match):
         LoRA2(**settings)
+
+
+@pytest.mark.parametrize(
+    ("given", "columns", "kept", "ranks_kept"),
+    [
+        ({}, 8, 4, None),
+        ({"r": 4}, 4, 2, None),
+        ({"k": 8}, 8, None, None),
+        ({"target_k": 1}, 3, 1, None),
+        ({"target_k": 4}, 6, 4, None),
+        ({"target_k": 8, "r": 16}, 12, 8, None),
+        ({"target_k": 2.5}, 5, 2.5, None),
+        ({"target_k": 1, "rank_pattern": {"query": 2}}, 2, 1, None),
+        ({"budget": "columns"}, 8, 4, None),
+        ({"budget": "columns", "k": 6}, 6, 3, None),
+        ({"budget": "columns", "k": 6, "target_k": 1}, 6, 1, None),
+        ({"budget": "lambda"}, 8, None, 4),
+        ({"budget": "lambda", "k": 2, "target_r": 3}, 2, None, 3),
+        ({"target_r": 3}, 8, None, 3),
+        ({"target_r": 3, "target_k": 2}, 4, 2, 3),
+    ],
+)
+def test_what_a_budget_counts_and_starts_from(given, columns, kept, ranks_kept):
+    method = LoRA2(**given)
+    assert (method.columns, method.column_target, method.lambda_target) == (columns, kept, ranks_kept)
+    budgets = {budget.axis: budget.target for budget in method.training().allocators}
+    expected = {"lambda": ranks_kept, "columns": kept}
+    assert budgets == {axis: target for axis, target in expected.items() if target is not None}
+    assert method.adapter(SITE).u.shape == (10, columns)
 
 
 def test_a_larger_pattern_allows_a_larger_target():

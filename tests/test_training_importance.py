@@ -82,7 +82,7 @@ def test_only_what_a_budget_scores_is_tracked():
     site = linear_site("a", 6, 5)
     named = {
         tuple(sorted(name for name, _ in method.adapter(site).named_buffers() if name.endswith("_sensitivity")))
-        for method in (LoRA2(), LoRA2(target_r=2), LoRA2(target_k=2))
+        for method in (LoRA2(k=8), LoRA2(target_r=2), LoRA2(target_k=2))
     }
     assert named == {
         (),
