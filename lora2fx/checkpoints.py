@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from lora2fx.errors import FormatError
 from lora2fx.exporters.writing import check_file, publish, staging
+from lora2fx.passes.state import kept_on_error
 from lora2fx.sharding import refuse_sharded
 
 FORMAT = "lora2fx checkpoint 1"
@@ -100,15 +101,12 @@ def load_checkpoint(path: str | os.PathLike[str], model: nn.Module, states: Mapp
 @contextmanager
 def _all_or_nothing(own: Mapping[str, Tensor], states: Mapping[str, Stateful]) -> Iterator[None]:
     """On any error tensors, states and random generators are as they were."""
-    values = {name: value.clone() for name, value in own.items()}
     held = copy.deepcopy({name: state.state_dict() for name, state in states.items()})
     generators = _random_state()
     try:
-        yield
+        with kept_on_error(own.values()):
+            yield
     except BaseException:
-        with torch.no_grad():
-            for name, value in own.items():
-                value.copy_(values[name])
         for name, state in states.items():
             state.load_state_dict(held[name])
         _set_random_state(generators)

@@ -12,6 +12,7 @@ from torch import nn
 from lora2fx.adapter import Adapter
 from lora2fx.analysis import ModelAnalysis, analyse
 from lora2fx.baselines import install_baseline, verify_baseline
+from lora2fx.dataflow.preserve import random_states
 from lora2fx.errors import AdapterError, RewriteError, VerifyError
 from lora2fx.heads import saved_modules
 from lora2fx.inputs import ExampleInputs
@@ -53,14 +54,16 @@ def refuse_adapted(model: nn.Module, asked: str) -> None:
 
 @contextmanager
 def all_or_nothing(model: nn.Module) -> Iterator[None]:
-    """On any error the model has its classes, parameters and flags back."""
+    """On any error the model has its classes, parameters and flags back, and the global generators their states."""
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     config = getattr(model, "config", None)
     tied = getattr(config, TIED, None)
     owned = [(m, dict(m._parameters)) for m in model.modules() if isinstance(m._parameters, dict)]
+    generators = random_states()
     try:
         yield
     except BaseException:
+        generators()
         restore_owners(model)
         drop_attribute(model, RECORD)
         for module, parameters in owned:

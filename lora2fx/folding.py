@@ -12,7 +12,9 @@ from lora2fx.reports import Report
 from lora2fx.sharding import refuse_sharded
 
 
-def fold(model: nn.Module, strict: bool = True, rounding: Rounding = "nearest", seed: int = 0) -> Report:
+def fold(
+    model: nn.Module, strict: bool = True, rounding: Rounding = "nearest", seed: int = 0, undo: bool = True
+) -> Report:
     """Add every ΔW to its weight, in place, and give the model its own classes and keys back.
 
     The sum is rounded once to the weight's dtype. In bfloat16 and float16 that can take much of a small ΔW away: the
@@ -20,11 +22,12 @@ def fold(model: nn.Module, strict: bool = True, rounding: Rounding = "nearest", 
     `seed` (see `fold_adapters`). With `strict` an unfinished pruning schedule is a `ScheduleError`; without, a
     warning. A non-finite factor or result is an `AdapterError`, as is a model that FSDP shards (the error says how it
     is folded).
-    On any error the model is as it was.
+    On any error the model is as it was: also on an interrupt, or where memory runs out, for which the adapted weights
+    are kept a second time, in the CPU's memory, until all are written. `undo=False` saves that memory.
     """
     program = program_of(model, "fold")
     refuse_sharded(model, "fold")
-    return fold_adapters(program, strict=strict, rounding=rounding, seed=seed)
+    return fold_adapters(program, strict=strict, rounding=rounding, seed=seed, undo=undo)
 
 
 def unload(model: nn.Module) -> None:

@@ -15,6 +15,7 @@ from lora2fx.errors import VerifyError
 from lora2fx.passes.adding import write_merge
 from lora2fx.passes.install import restore_module, restore_owners, rewritten_path
 from lora2fx.passes.merging import is_foldable, merges
+from lora2fx.passes.state import OUT_OF_MEMORY
 from lora2fx.program import Program, program_of
 
 
@@ -25,6 +26,8 @@ def _sharing_copy(model: nn.Module, own: Iterable[nn.Parameter], shared: Iterabl
     known |= {id(parameter): parameter for parameter in model.parameters() if id(parameter) not in copied}
     try:
         return copy.deepcopy(model, known)
+    except OUT_OF_MEMORY:
+        raise
     except Exception as error:
         raise VerifyError(
             f"{type(model).__name__} can't be copied ({type(error).__name__}: {error}), and verification compares with"

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from math import hypot
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from lora2fx.errors import AdapterError, Lora2fxWarning, ScheduleError
 from lora2fx.passes.adding import write_measured
 from lora2fx.passes.entries import adapter_entry, totals
-from lora2fx.passes.merging import check_merges, merges
+from lora2fx.passes.merging import Merge, check_merges, merges
 from lora2fx.passes.rounding import Rounding, check_rounding
 from lora2fx.passes.unload import detach_adapters
 from lora2fx.program import Program
@@ -89,7 +92,31 @@ def warn_lost(lost: float) -> None:
         )
 
 
-def fold_adapters(program: Program, strict: bool = True, rounding: Rounding = "nearest", seed: int = 0) -> Report:
+@torch.no_grad()
+def _write(found: Sequence[Merge], rounding: Rounding, seed: int, undo: bool) -> dict[str, dict[str, Any]]:
+    """Every merge; on any error the weights are as they were, where `undo` keeps them on the CPU until then."""
+    written: dict[str, dict[str, Any]] = {}
+    before: list[tuple[Tensor, Tensor]] = []
+    try:
+        for merge in found:
+            if undo:
+                before.append((merge.weight, merge.weight.detach().to("cpu", copy=True)))
+            written |= write_measured(merge, rounding, seed)
+    except BaseException as error:
+        for weight, value in before:
+            weight.copy_(value)
+        error.add_note(
+            "fold stopped while it was writing; every weight was put back, and the model is as it was."
+            if undo
+            else "fold(undo=False) stopped half way: some weights hold W + ΔW. Load base model and adapter anew."
+        )
+        raise
+    return written
+
+
+def fold_adapters(
+    program: Program, strict: bool = True, rounding: Rounding = "nearest", seed: int = 0, undo: bool = True
+) -> Report:
     """Add every ΔW to its weight, in place, and take the adapters away; trained heads stay as they are.
 
     float32 and float64 weights are added to in their own dtype: off by at most half a step of the result plus
@@ -106,6 +133,9 @@ def fold_adapters(program: Program, strict: bool = True, rounding: Rounding = "n
     effect, and a warning says what that keeps), `MethodError` (a rounding of another name) and `AdapterError` (a
     non-finite factor or result, a weight that can't be written), the model then as it was. Warns where rounding
     takes more than 5 % of the adaptation of all sites together.
+
+    `undo` keeps a copy of the adapted weights in the CPU's memory until the last is written, so that an interrupt or
+    memory running out, too, leaves the model as it was; without it they would leave it half folded.
     """
     check_rounding(rounding)
     _refuse_inserts(program)
@@ -117,9 +147,7 @@ def fold_adapters(program: Program, strict: bool = True, rounding: Rounding = "n
     counts = totals(ended)
     if status is not None:
         warn_unfinished(status, counts)
-    written: dict[str, dict[str, Any]] = {}
-    for merge in found:
-        written |= write_measured(merge, rounding, seed)
+    written = _write(found, rounding, seed, undo)
     detach_adapters(program)
     details: dict[str, Any] = {
         "max_rounding_error": max((site["rounding_error"] for site in written.values()), default=0.0),

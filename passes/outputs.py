@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lora2fx.adapter import Adapter
 from lora2fx.dataflow.preserve import set_training
 from lora2fx.inputs import Inputs, flatten_outputs
-from lora2fx.passes.state import preserved, same_values, seed_all
+from lora2fx.passes.state import OUT_OF_MEMORY, preserved, same_values, seed_all
 
 SEED = 20240813
 Outputs = tuple[Tensor, ...]
@@ -108,6 +108,8 @@ def reference_outputs(model: nn.Module, inputs: Inputs) -> Reference:
     for mode in MODES:
         try:
             outputs[mode.name] = observe(model, inputs, mode)
+        except OUT_OF_MEMORY:
+            raise
         except Exception as error:
             if not mode.train:
                 raise

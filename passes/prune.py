@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -56,11 +58,26 @@ def _sliced_state(state: dict[str, Any], old: nn.Parameter, slices: Slices) -> d
 
 def _hand_over(optimizer: Optimizer, replaced: dict[nn.Parameter, tuple[nn.Parameter, Slices]]) -> None:
     """Put the new parameters where the old ones stood in the optimizer's groups and state."""
+    held = [(old, new, slices) for old, (new, slices) in replaced.items() if old in optimizer.state]
+    states = [(old, new, _sliced_state(optimizer.state[old], old, slices)) for old, new, slices in held]
     for group in optimizer.param_groups:
         group["params"] = [replaced[p][0] if p in replaced else p for p in group["params"]]
-    for old, (new, slices) in replaced.items():
-        if old in optimizer.state:
-            optimizer.state[new] = _sliced_state(optimizer.state.pop(old), old, slices)
+    for old, new, state in states:
+        del optimizer.state[old]
+        optimizer.state[new] = state
+
+
+@contextmanager
+def _all_or_nothing(adapters: Collection[Adapter]) -> Iterator[None]:
+    """On any error, an interrupt too, the adapters have their parameters and buffers back."""
+    before = [(adapter, dict(adapter._parameters), dict(adapter._buffers)) for adapter in adapters]
+    try:
+        yield
+    except BaseException:
+        for adapter, parameters, buffers in before:
+            adapter._parameters.update(parameters)
+            adapter._buffers.update(buffers)
+        raise
 
 
 @torch.no_grad()
@@ -70,7 +87,7 @@ def prune_ranks(program: Program, optimizer: Optimizer | None = None) -> Report:
     Parameters that shrink become new objects. Pass the `optimizer` that holds the old ones: its groups then hold the
     new ones, and every state tensor of a parameter's shape is sliced along. Without it, make a new optimizer.
     `details`: `adapter_parameters_before`, and `dropped` entries by axis.
-    Raises `AdapterError`, nothing changed, where the optimizer keeps state that can't be sliced.
+    Raises `AdapterError` where the optimizer keeps state that can't be sliced; on any error nothing was changed.
     """
     planned = {path: _slices(adapter) for path, adapter in program.adapters.items()}
     if optimizer is not None:
@@ -78,19 +95,21 @@ def prune_ranks(program: Program, optimizer: Optimizer | None = None) -> Report:
     before = totals(program)
     entries_before = {name: _lengths(adapter) for name, adapter in program.adapters.items()}
     replaced: dict[nn.Parameter, tuple[nn.Parameter, Slices]] = {}
-    for path, adapter in program.adapters.items():
-        old = {name: adapter.get_parameter(name) for name in planned[path]}
-        adapter.compact()
-        replaced |= {old[name]: (adapter.get_parameter(name), slices) for name, slices in planned[path].items()}
-    if optimizer is not None:
-        _hand_over(optimizer, replaced)
-    dropped: dict[str, int] = {}
-    for name, adapter in program.adapters.items():
-        for axis, length in _lengths(adapter).items():
-            dropped[axis] = dropped.get(axis, 0) + entries_before[name][axis] - length
-    details = {"adapter_parameters_before": before["adapter_parameters"], "dropped": dropped}
-    entries = tuple(adapter_entry(name, adapter) for name, adapter in program.adapters.items())
-    return Report(f"prune {type(program.root).__name__}", entries, totals(program), program.record.verify, details)
+    with _all_or_nothing(program.adapters.values()):
+        for path, adapter in program.adapters.items():
+            old = {name: adapter.get_parameter(name) for name in planned[path]}
+            adapter.compact()
+            replaced |= {old[name]: (adapter.get_parameter(name), slices) for name, slices in planned[path].items()}
+        dropped: dict[str, int] = {}
+        for name, adapter in program.adapters.items():
+            for axis, length in _lengths(adapter).items():
+                dropped[axis] = dropped.get(axis, 0) + entries_before[name][axis] - length
+        details = {"adapter_parameters_before": before["adapter_parameters"], "dropped": dropped}
+        entries = tuple(adapter_entry(name, adapter) for name, adapter in program.adapters.items())
+        after = totals(program)
+        if optimizer is not None:
+            _hand_over(optimizer, replaced)
+    return Report(f"prune {type(program.root).__name__}", entries, after, program.record.verify, details)
 
 
 def _lengths(adapter: Adapter) -> dict[str, int]:

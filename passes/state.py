@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import gc
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lora2fx.dataflow.preserve import attributes_of
+from lora2fx.dataflow.preserve import attributes_of, insist
 
+OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
+"""What says nothing about the model that raises it: never a finding, always passed on."""
 Kinds = type[nn.Module] | tuple[type[nn.Module], ...]
 
 
@@ -52,14 +55,18 @@ def preserved_generators() -> Iterator[None]:
     """Python's, NumPy's and torch's global generators (every CUDA device in use) are as before afterwards."""
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
     devices = torch.cuda.get_rng_state_all() if _cuda_in_use() else []
-    try:
-        yield
-    finally:
+
+    def restore() -> None:
         random.setstate(python)
         np.random.set_state(numpy)
         torch.set_rng_state(cpu)
         if devices:
             torch.cuda.set_rng_state_all(devices)
+
+    try:
+        yield
+    finally:
+        insist(restore)
 
 
 @contextmanager
@@ -70,9 +77,8 @@ def preserved_buffers(model: nn.Module, but: Kinds = ()) -> Iterator[None]:
     values = {
         buffer: buffer.detach().clone() for own in buffers.values() for buffer in own.values() if buffer is not None
     }
-    try:
-        yield
-    finally:
+
+    def restore() -> None:
         for module, own in buffers.items():
             module._buffers.clear()
             module._buffers.update(own)
@@ -80,6 +86,11 @@ def preserved_buffers(model: nn.Module, but: Kinds = ()) -> Iterator[None]:
             for buffer, value in values.items():
                 if not same_values(buffer, value):
                     buffer.copy_(value)
+
+    try:
+        yield
+    finally:
+        insist(restore)
 
 
 @contextmanager
@@ -89,21 +100,24 @@ def preserved_values(parameters: list[nn.Parameter]) -> Iterator[None]:
     try:
         yield
     finally:
-        with torch.no_grad():
-            for parameter, value in zip(parameters, values, strict=True):
-                parameter.copy_(value)
+        insist(partial(_write, parameters, values))
+
+
+@torch.no_grad()
+def _write(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    for tensor, value in zip(tensors, values, strict=True):
+        tensor.copy_(value)
 
 
 @contextmanager
 def kept_on_error(tensors: Iterable[Tensor]) -> Iterator[None]:
     """On any error, an interrupt too, the tensors' values are as before."""
-    values = [(tensor, tensor.detach().clone()) for tensor in tensors]
+    live = list(tensors)
+    values = [tensor.detach().clone() for tensor in live]
     try:
         yield
     except BaseException:
-        with torch.no_grad():
-            for tensor, value in values:
-                tensor.copy_(value)
+        insist(partial(_write, live, values))
         raise
 
 
@@ -114,7 +128,7 @@ def preserved_attributes(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        restore()
+        insist(restore)
 
 
 @contextmanager

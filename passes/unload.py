@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lora2fx.errors import AdapterError
 from lora2fx.passes.install import restore_owners
+from lora2fx.passes.state import kept_on_error
 from lora2fx.program import RECORD, TIED, Program, drop_attribute
 
 
@@ -60,10 +61,12 @@ def _targets(program: Program) -> dict[str, tuple[Tensor, Tensor]]:
 def unload_adapters(program: Program) -> None:
     """The base model back, in place: classes, keys, ties, requires_grad flags, values of `modules_to_save`.
 
-    Raises `AdapterError`, with the model as it was, where a module that was trained whole changed its shape.
+    Raises `AdapterError` where a module that was trained whole changed its shape; on any error, an interrupt too, the
+    model is as it was.
     """
     pairs = _targets(program)
-    for live, original in pairs.values():
-        live.copy_(original)
+    with kept_on_error(live for live, _ in pairs.values()):
+        for live, original in pairs.values():
+            live.copy_(original)
     _tie_again(program)
     detach_adapters(program)

@@ -33,6 +33,15 @@ def _containers(module: nn.Module) -> list[tuple[Any, Any]]:
     return [(value, value.copy() if value else ()) for value in found]
 
 
+def insist(restore: Callable[[], None]) -> None:
+    """Restore; where an interrupt, or memory that runs out, cuts that short, once more from the start."""
+    try:
+        restore()
+    except BaseException:
+        restore()
+        raise
+
+
 def attributes_of(model: nn.Module) -> Callable[[], None]:
     """How to give every module its attributes back (train flags, buffers, caches) and what its containers held."""
     before = [(module, dict(vars(module)), _containers(module)) for module in model.modules()]
@@ -58,7 +67,8 @@ def _buffers_of(model: nn.Module) -> Callable[[], None]:
     return restore
 
 
-def _random_states() -> Callable[[], None]:
+def random_states() -> Callable[[], None]:
+    """How to give Python's, NumPy's and torch's global generators their states back."""
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
 
@@ -99,7 +109,6 @@ def fastpath(enabled: bool) -> Iterator[None]:
 def preserved(model: nn.Module) -> Iterator[None]:
     """Whatever is run inside, also when it raises: afterwards `model` and the random states are as before."""
     with ExitStack() as stack:
-        stack.callback(_random_states())
-        stack.callback(_buffers_of(model))
-        stack.callback(attributes_of(model))
+        for restore in (random_states(), _buffers_of(model), attributes_of(model)):
+            stack.callback(insist, restore)
         yield
