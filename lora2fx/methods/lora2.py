@@ -89,7 +89,7 @@ class LoRA2:
     deltaT: int | None = None
     beta1: float = 0.85
     beta2: float = 0.85
-    orth_reg_weight: float = 0.1
+    orth_reg_weight: float = 0.01
     orth_form: Form = "mean"
     orth_planes: tuple[str, ...] = PLANES
     scale_eps: float = 0.0
@@ -157,7 +157,9 @@ class LoRA2:
         The code fixes k = 8; the scripts train r = 8 (CoLA, RTE, STS-B: 4), alpha 16 or 32, to target_r 1 to 3, and
         decay λ like the factors.
         """
-        published = cls(k=8, init="gaussian", scale_eps=1e-5, force_final_mask=False, wd_on_lambda=True)
+        published = cls(
+            k=8, init="gaussian", orth_reg_weight=0.1, scale_eps=1e-5, force_final_mask=False, wd_on_lambda=True
+        )
         return replace(published, **overrides)
 
     @property
