@@ -88,7 +88,7 @@ def merged_copy(model: nn.Module, asked: str) -> tuple[nn.Module, Report]:
     """A copy of an adapted model with its adapters folded in, and the fold's report."""
     weights = {id(weight) for weight in _site_weights(program_of(model, asked)).values()}
     merged = _shallow(model, weights)
-    return merged, fold_adapters(program_of(merged, asked), strict=True)
+    return merged, fold_adapters(program_of(merged, asked), strict=True, undo=False)
 
 
 def unloaded_copy(model: nn.Module, asked: str) -> nn.Module:

@@ -36,7 +36,7 @@ def test_the_examples_run(page, tmp_path, monkeypatch, capsys):
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         for line, code in blocks(page):
-            exec(compile("\n" * line + code, str(page), "exec"), given)
+            exec(compile("\n" * line + code, str(page), "exec", dont_inherit=True), given)
 
 
 def test_the_site_builds(tmp_path):
