@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,9 +10,10 @@ from typing import Any
 from torch import Tensor, fx
 
 from lora2fx.adapter import Adapter
+from lora2fx.eager import adapted_linear
 from lora2fx.errors import RewriteError
 from lora2fx.passes.tracing import trace_adapter
-from lora2fx.passes.uses import GraphUse, parameter_use, weight_nodes
+from lora2fx.passes.uses import GraphUse, linear_operands, parameter_use, weight_nodes
 from lora2fx.site import Site
 
 
@@ -82,6 +84,23 @@ def _add_to_weight(graph: fx.Graph, child: str, adapter: Adapter) -> None:
             total = graph.call_function(operator.add, (weight, update))
         for user in users:
             user.replace_input_with(weight, total)
+
+
+def eager_graph(graph: fx.Graph, adapters: Mapping[str, Adapter], plans: Mapping[str, str]) -> fx.Graph | None:
+    """A rewritten copy of the graph in which every adapter's layer is one `adapted_linear`; None where one can't be."""
+    if set(plans.values()) != {"activation"}:
+        return None
+    graph = copy.deepcopy(graph)
+    for child, adapter in adapters.items():
+        found = site_use(graph, _parameter(child, adapter), adapter.site)
+        operands = None if found is None else linear_operands(found.node)
+        if found is None or operands is None or adapter.columns is not None or adapter.dropout is not None:
+            return None
+        with graph.inserting_before(found.node):
+            total = graph.call_function(adapted_linear, (*operands, graph.get_attr(child)))
+        found.node.replace_all_uses_with(total)
+        graph.erase_node(found.node)
+    return graph
 
 
 def rewrite_graph(graph: fx.Graph, adapters: Mapping[str, Adapter], plans: Mapping[str, str]) -> None:

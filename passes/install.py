@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 from torch import Tensor, fx, nn
 
 from lora2fx.adapter import Adapter
+from lora2fx.eager import two_forms
 from lora2fx.errors import RewriteError
 from lora2fx.insert import Insert
 from lora2fx.passes.recurrent import FLAT_WEIGHTS
@@ -23,17 +24,24 @@ from lora2fx.program import drop_attribute, keep_attribute
 GRAPH = "_lora2fx_graph"
 
 
+Source = tuple[str, tuple[tuple[str, str, str], ...]]
+"""A generated forward and its globals as (name, module, attribute)."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """What an adapted class is made of beside its base: plain strings, so that it can be pickled.
 
     `source` is the generated forward (None: the base's own) and `imports` its globals as (name, module,
-    attribute). `merged` lists (parameter, adapters): reading the parameter gives W + ΔW.
+    attribute). `merged` lists (parameter, adapters): reading the parameter gives W + ΔW. `eager` is a second forward,
+    source and imports, for training op by op (see `lora2fx.eager`), with the adapters `children` in it.
     """
 
     source: str | None = None
     imports: tuple[tuple[str, str, str], ...] = ()
     merged: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    eager: Source | None = None
+    children: tuple[str, ...] = ()
 
 
 class Adapted:
@@ -62,9 +70,14 @@ def graph_recipe(graph: fx.Graph | None, merged: tuple[tuple[str, tuple[str, ...
     """The recipe of a rewritten graph and of the parameters that are read merged."""
     if graph is None:
         return Recipe(merged=merged)
+    return Recipe(*forward_source(graph), merged)
+
+
+def forward_source(graph: fx.Graph) -> Source:
+    """The graph as a forward's source, with what it imports."""
     code = graph.python_code("self")
     imports = tuple((name, *_import_path(value)) for name, value in sorted(code.globals.items()))
-    return Recipe(code.src.strip() + "\n", imports, merged)
+    return code.src.strip() + "\n", imports
 
 
 def _import_path(value: Any) -> tuple[str, str]:
@@ -96,12 +109,12 @@ def _resolve(module: str, attribute: str) -> Any:
     return found
 
 
-def _compile_forward(name: str, recipe: Recipe) -> Any:
-    assert recipe.source is not None
-    names = {name: _resolve(module, attribute) for name, module, attribute in recipe.imports}
-    file = f"<lora2fx {name}.forward {abs(hash(recipe.source)):x}>"
-    linecache.cache[file] = (len(recipe.source), None, recipe.source.splitlines(keepends=True), file)
-    exec(compile(recipe.source, file, "exec"), names)
+def _compile_forward(name: str, generated: Source) -> Any:
+    source, imports = generated
+    names = {name: _resolve(module, attribute) for name, module, attribute in imports}
+    file = f"<lora2fx {name}.forward {abs(hash(source)):x}>"
+    linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
+    exec(compile(source, file, "exec"), names)
     return names["forward"]
 
 
@@ -136,7 +149,10 @@ def _make_class(original: type[nn.Module], recipe: Recipe) -> type[nn.Module]:
     if issubclass(original, nn.RNNBase):
         body["_flat_weights"] = FLAT_WEIGHTS
     if recipe.source is not None:
-        body["forward"] = _compile_forward(original.__qualname__, recipe)
+        body["forward"] = _compile_forward(original.__qualname__, (recipe.source, recipe.imports))
+        if recipe.eager is not None:
+            eager = _compile_forward(original.__qualname__, recipe.eager)
+            body["forward"] = two_forms(body["forward"], eager, recipe.children)
     return type(original.__name__, (Adapted, original), body)
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 from collections import defaultdict
 from collections.abc import Hashable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from lora2fx.adapter import Adapter
-from lora2fx.passes.insertion import rewrite_graph
-from lora2fx.passes.install import Recipe, graph_recipe
+from lora2fx.passes.insertion import eager_graph, rewrite_graph
+from lora2fx.passes.install import Recipe, forward_source, graph_recipe
 from lora2fx.passes.tracing import library_key, trace_owner
 
 _NO_SETTINGS = frozenset(vars(nn.Module())) | {"site", "rewrite"}
@@ -60,8 +61,10 @@ def _make_recipe(owner: nn.Module, adapters: Mapping[str, Adapter], plans: Mappi
     for child, adapter in adapters.items():
         if plans[child] == "property":
             merged[adapter.site.parameter].append(child)
-    graph = None
+    graph = eager = None
     if set(plans.values()) - {"property"}:
-        graph = copy.deepcopy(trace_owner(owner))
+        traced = trace_owner(owner)
+        graph, eager = copy.deepcopy(traced), eager_graph(traced, adapters, plans)
         rewrite_graph(graph, adapters, plans)
-    return graph_recipe(graph, tuple((name, tuple(children)) for name, children in merged.items()))
+    recipe = graph_recipe(graph, tuple((name, tuple(children)) for name, children in merged.items()))
+    return recipe if eager is None else replace(recipe, eager=forward_source(eager), children=tuple(adapters))

@@ -112,6 +112,14 @@ def _matmul(node: fx.Node, weight: fx.Node) -> tuple[Any, Layout] | None:
     return given.get("input"), layout
 
 
+def linear_operands(node: fx.Node) -> tuple[Any, Any, Any] | None:
+    """(input, weight, bias) where the node is torch's own linear layer."""
+    if node.target not in (F.linear, torch._C._nn.linear):
+        return None
+    given = _given(node, _LINEAR)
+    return None if given is None else (given["input"], given["weight"], given.get("bias"))
+
+
 def _lookup(node: fx.Node, weight: fx.Node) -> GraphUse | None:
     given = _given(node, _LOOKUPS[node.target]) if node.target in _LOOKUPS else None
     if given is None or given.get("weight") is not weight or not isinstance(given.get("input"), fx.Node):

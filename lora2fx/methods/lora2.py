@@ -23,6 +23,7 @@ from lora2fx.methods.hyperparameters import (
     rank_of,
 )
 from lora2fx.methods.lora2_factors import INITS, ZERO_OUT, Init, LoRA2Adapter
+from lora2fx.methods.lora2_folding import FOLDING
 from lora2fx.methods.lora2_penalty import PLANES, lora2_penalty
 from lora2fx.site import Site
 from lora2fx.training.allocator import SCOPES, TIMINGS, BudgetAllocator, Scope, Score, ScoreTiming
@@ -197,7 +198,7 @@ class LoRA2:
         penalty = lora2_penalty(self.orth_reg_weight, factors, self.orth_planes, self.orth_form)
         groups = Groups(gate_decay=self.wd_on_lambda)
         used = penalty if self.orth_reg_weight and self.orth_planes else None
-        return Training(used, self._budgets(), self.sensitivity, groups)
+        return Training(used, self._budgets(), self.sensitivity, groups, FOLDING)
 
     def _budgets(self) -> tuple[BudgetAllocator, ...]:
         budgets = []

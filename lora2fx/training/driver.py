@@ -17,6 +17,7 @@ from lora2fx.adapter import Adapter
 from lora2fx.errors import AdapterError
 from lora2fx.training.acceptance import check_length, refuse_partitioned, refuse_uncovered, stepping_optimizer
 from lora2fx.training.agreement import check_ranks
+from lora2fx.training.bank import Bank
 from lora2fx.training.gradients import add_gradients, copy_gradients, is_initialisation, loss_scale, read_step
 from lora2fx.training.overflow import count_overflows
 from lora2fx.training.progress import (
@@ -113,6 +114,7 @@ class Attachment:
         set_total(self._counters, self.total_steps)
         for adapter in self.adapters:
             _ATTACHED[adapter] = ref(self)
+        self._bank = Bank(self.adapters, self.training.folding)
         self._undo = [
             self.optimizer.register_step_pre_hook(self._before).remove,
             self.optimizer.register_step_post_hook(self._after).remove,
@@ -124,6 +126,7 @@ class Attachment:
         """Stop driving; the adapters keep their masks, averages and progress."""
         for undo in self._undo:
             undo()
+        self._bank.close()
         for adapter in self.adapters:
             _ATTACHED.pop(adapter, None)
 
@@ -239,6 +242,7 @@ class Attachment:
 
     def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.stepped += 1
+        self._bank.expire()
         if self._idle:
             return
         step, self._current = self._current, None

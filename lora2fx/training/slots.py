@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from lora2fx.adapter import Adapter
 from lora2fx.errors import ScheduleError
+from lora2fx.training.bank import Folding
 
 Sensitivity = Literal["total", "task"]
 SENSITIVITIES = ("total", "task")
@@ -102,10 +103,12 @@ class Groups:
 class Training:
     """What drives a method's adapters from step to step; empty for a method that only trains.
 
-    `sensitivity` says which gradient scores read: the task's alone, or the total with the penalty's.
+    `sensitivity` says which gradient scores read: the task's alone, or the total with the penalty's. `folding` folds
+    many adapters at once, for the eager form of their sites.
     """
 
     penalty: Penalty | None = None
     allocators: tuple[Allocator, ...] = ()
     sensitivity: Sensitivity = "total"
     groups: Groups = Groups()
+    folding: Folding | None = None

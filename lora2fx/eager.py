@@ -1,0 +1,140 @@
+"""Two forms of an adapted linear layer, and in this file which is used when.
+
+The *functional* form is the graph that `passes.insertion` writes: every factor, gate and mask a visible node, each site
+on its own. It is the reference, and what runs under torch.compile, torch.export and tracing, in eval mode and under
+no_grad, and wherever adapters are not attached to an optimizer, or are sharded, stacked, or have dropout.
+
+The *eager* form is for training op by op. While an `Attachment` drives the adapters, all of them are folded in a
+handful of operations once a step (see `training.bank`), ΔW = Aᵀ B with A (k, in) and B (k, out), so that a site costs
+two small products more than the frozen layer forward and four backward. Where x is small, torch's own derivatives run,
+whose nodes cost less than Python; where it is large, `_AddedProduct`, which passes over memory less often.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from lora2fx.adapter import Adapter
+
+SMALL = 2**16
+"""Elements of x up to which an operation's overhead weighs more than a pass over memory."""
+SLOT = "_folded"
+"""The attribute of an adapter that holds its place in a source of folded factors."""
+
+
+class Source(Protocol):
+    """What folds many adapters at once."""
+
+    def factors(self, index: int) -> tuple[Tensor, Tensor]:
+        """A (k, in) and B (k, out) of the adapter with this index, as its parameters are now."""
+
+
+class _Slot:
+    """An adapter's place in a source. A copy of the adapter has none."""
+
+    def __init__(self, adapter: Adapter, source: Source, index: int) -> None:
+        self.owner, self.source, self.index = id(adapter), source, index
+
+    def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
+        return _no_slot, ()
+
+
+def _no_slot() -> None:
+    return None
+
+
+def connect(adapters: Sequence[Adapter], source: Source) -> None:
+    """Have the adapters' sites take their factors from `source`, by their order here."""
+    for index, adapter in enumerate(adapters):
+        vars(adapter)[SLOT] = _Slot(adapter, source, index)
+
+
+def disconnect(adapters: Sequence[Adapter]) -> None:
+    """Back to the functional form."""
+    for adapter in adapters:
+        vars(adapter).pop(SLOT, None)
+
+
+def _slot(adapter: nn.Module | None) -> _Slot | None:
+    slot: _Slot | None = vars(adapter).get(SLOT)
+    return slot if slot is not None and slot.owner == id(adapter) else None
+
+
+def two_forms(
+    functional: Callable[..., Any], eager: Callable[..., Any], children: tuple[str, ...]
+) -> Callable[..., Any]:
+    """The forward of an owner whose adapters are `children`: the eager form where all of them are connected."""
+
+    @functools.wraps(functional)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or not (self.training and torch.is_grad_enabled()) or _is_traced():
+            return functional(self, *args, **kwargs)
+        for child in children:
+            if _slot(self._modules[child]) is None:
+                return functional(self, *args, **kwargs)
+        return eager(self, *args, **kwargs)
+
+    return forward
+
+
+def _is_traced() -> bool:
+    return fx._symbolic_trace.is_fx_symbolic_tracing() or torch._C._get_tracing_state() is not None
+
+
+def _is_transformed(x: Tensor) -> bool:
+    """Whether x is no plain tensor, or torch.func or a forward-mode derivative is at work on it."""
+    return (
+        type(x) is not Tensor
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
+def adapted_linear(x: Tensor, weight: Tensor, bias: Tensor | None, adapter: Adapter) -> Tensor:
+    """x Wᵀ + b + what the adapter adds; x (..., in) → (..., out), in the layer's dtype."""
+    slot = _slot(adapter)
+    if slot is None or _is_transformed(x):
+        y = F.linear(x, weight, bias)
+        update: Tensor = adapter(x)
+        return y + update.type_as(y)
+    a, b = slot.source.factors(slot.index)
+    if x.dtype != a.dtype or weight.dtype != a.dtype or torch.is_autocast_enabled(x.device.type):
+        y = F.linear(x, weight, bias)
+        return y + ((x.type_as(a) @ a.t()) @ b).type_as(y)
+    rows = x.reshape(-1, x.shape[-1])
+    trained = weight.requires_grad or (bias is not None and bias.requires_grad)
+    if trained or x.numel() <= SMALL or type(weight.data) is not Tensor:
+        y = F.linear(rows, weight, bias).addmm_(rows.mm(a.t()), b)
+    else:
+        y = _AddedProduct.apply(rows, weight, bias, a, b)  # type: ignore[no-untyped-call]
+    out: Tensor = y.view(*x.shape[:-1], weight.shape[0])
+    return out
+
+
+class _AddedProduct(torch.autograd.Function):
+    """y = x Wᵀ + b + (x Aᵀ) B for 2-D x and frozen W and b, the frozen product added to the small one.
+
+    A product with few columns is made transposed, as k long rows: a BLAS is two to four times faster at it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+        inner = a.mm(x.t())
+        y = inner.t().mm(b) if bias is None else torch.addmm(bias, inner.t(), b)
+        ctx.save_for_backward(x, weight, a, b, inner)
+        return y.addmm_(x, weight.t())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, Tensor, Tensor]:
+        x, weight, a, b, inner = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a second derivative follows, which must see what `inner` is made of
+            inner = a.mm(x.t())
+        back = b.mm(grad.t())
+        grad_x = grad.mm(weight).addmm_(back.t(), a) if ctx.needs_input_grad[0] else None
+        return grad_x, None, None, back.mm(x), inner.mm(grad)

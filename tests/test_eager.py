@@ -1,0 +1,239 @@
+"""The eager form against the functional one, in float64; and which of them runs when."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import lora2fx
+from lora2fx import eager
+from lora2fx.methods.lora2 import LoRA2
+from tests.adapted import adapters_of
+
+METHOD = LoRA2(r=4, k=3, target_r=2, tinit=1, tfinal=2)
+WIDE = LoRA2(r=7, k=3, init="gaussian", rank_pattern={"up": 5}, target_r=2, target_k=2)
+
+
+class Block(nn.Module):
+    """Layers of three shapes, one without a bias, one used twice, one that a call may leave out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down, self.same = nn.Linear(6, 9), nn.Linear(9, 6, bias=False), nn.Linear(6, 6)
+        self.spare, self.head = nn.Linear(6, 6), nn.Linear(6, 2)
+
+    def forward(self, x, spare=True):
+        x = x + self.down(self.up(x).tanh())
+        x = self.same(self.same(x).tanh())
+        return self.head(self.spare(x) if spare else x)
+
+
+def attached(method=METHOD, dtype=torch.float64, optimizer=torch.optim.SGD):
+    """(model, optimizer) with random factors, some masked."""
+    model, targets = Block().to(dtype), ["up", "down", "same", "spare"]
+    x = torch.randn(2, 8, 6, generator=torch.Generator().manual_seed(1), dtype=dtype)
+    lora2fx.transform(model, targets, method, example_inputs=(x,), modules_to_save=["head"], seed=0)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for adapter in adapters_of(model):
+            for parameter in adapter.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) / 3)
+            adapter.mask[1] = False
+            adapter.column_mask[2] = False
+    step = optimizer([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    lora2fx.attach(model, step, total_steps=10)
+    return model.train(), step
+
+
+def functional(model):
+    """A copy whose sites are computed in the functional form."""
+    twin = copy.deepcopy(model)
+    assert all(vars(adapter)[eager.SLOT] is None for adapter in adapters_of(twin))
+    return twin
+
+
+def gradients(model, x, **arguments):
+    model.zero_grad()
+    output = model(x, **arguments)
+    output.square().sum().backward()
+    return [output, *(p.grad for p in model.parameters() if p.requires_grad)]
+
+
+def inputs(requires_grad=False):
+    x = torch.randn(3, 5, 6, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    return x.requires_grad_(requires_grad)
+
+
+def close(found, expected, size=1e-12):
+    for a, b in zip(found, expected, strict=True):
+        if a is None or b is None:
+            assert a is b
+        else:
+            torch.testing.assert_close(a, b, rtol=0, atol=size * max(1.0, float(b.detach().abs().max())))
+
+
+@pytest.fixture(params=[2**16, 0], ids=["torch's derivatives", "own function"])
+def _size(request, monkeypatch):
+    monkeypatch.setattr(eager, "SMALL", request.param)
+
+
+@pytest.mark.usefixtures("_size")
+@pytest.mark.parametrize("method", [METHOD, WIDE], ids=["square core", "more singular values than columns"])
+@pytest.mark.parametrize("spare", [True, False], ids=["all used", "one left out"])
+def test_outputs_and_gradients_are_the_functional_ones(method, spare, monkeypatch):
+    model, _ = attached(method)
+    calls = []
+    monkeypatch.setattr(eager._AddedProduct, "apply", spy(eager._AddedProduct.apply, calls))
+    found = gradients(model, inputs(), spare=spare)
+    assert bool(calls) == (eager.SMALL == 0)
+    close(found, gradients(functional(model), inputs(), spare=spare))
+    assert (model.spare.lora2fx_weight.u.grad is None) == (not spare)
+
+
+def spy(function, calls):
+    def watched(*args):
+        calls.append(args)
+        return function(*args)
+
+    return watched
+
+
+@pytest.mark.usefixtures("_size")
+def test_the_gradient_of_the_input_and_second_derivatives():
+    model, _ = attached()
+    twin, x, y = functional(model), inputs(True), inputs(True)
+    found = torch.autograd.grad(model(x).square().sum(), [x, *trained(model)], create_graph=True)
+    expected = torch.autograd.grad(twin(y).square().sum(), [y, *trained(twin)], create_graph=True)
+    close(found, expected)
+    second = torch.autograd.grad(sum(g.square().sum() for g in found), [x, *trained(model)])
+    close(second, torch.autograd.grad(sum(g.square().sum() for g in expected), [y, *trained(twin)]), 1e-11)
+
+
+def trained(model):
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+@pytest.mark.usefixtures("_size")
+def test_gradcheck():
+    model, _ = attached()
+    parameters = list(model.down.lora2fx_weight.parameters())
+
+    def run(x, *changed):
+        # Perturbed through .data, which nothing can see: the sum is a new tensor each time.
+        new = {name: value + 0 for name, value in zip(names, changed, strict=True)}
+        return torch.func.functional_call(model, new, (x,))
+
+    names = [f"down.lora2fx_weight.{name}" for name, _ in model.down.lora2fx_weight.named_parameters()]
+    assert torch.autograd.gradcheck(run, (inputs(True), *parameters))
+
+
+def test_factors_are_folded_once_a_step_whatever_the_number_of_micro_batches(monkeypatch):
+    model, optimizer = attached()
+    folds = []
+    bank = vars(model.up.lora2fx_weight)[eager.SLOT].source
+    monkeypatch.setattr(type(bank), "_refresh", spy(type(bank)._refresh, folds))
+    expected = functional(model)
+    for x in inputs().unsqueeze(1):
+        model(x).square().sum().backward()
+        expected(x).square().sum().backward()
+    assert len(folds) == 1
+    close([p.grad for p in trained(model)], [p.grad for p in trained(expected)])
+    optimizer.step()
+    model(inputs())
+    assert len(folds) == 2
+
+
+@pytest.mark.parametrize("name", ["v", "lam", "U", "V", "u"])
+def test_a_factor_changed_between_forwards_is_seen(name):
+    model, _ = attached()
+    model(inputs())
+    with torch.no_grad():
+        model.same.lora2fx_weight.get_parameter(name).mul_(2.0)
+    close([model(inputs())], [functional(model)(inputs())])
+    setattr(model.same.lora2fx_weight, name, nn.Parameter(model.same.lora2fx_weight.get_parameter(name).detach() * 3))
+    close([model(inputs())], [functional(model)(inputs())])
+    for mask in ("mask", "column_mask"):
+        model.same.lora2fx_weight.get_buffer(mask)[0] = False
+        close([model(inputs())], [functional(model)(inputs())])
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+@pytest.mark.parametrize("settings", [{"fused": True}, {"foreach": True}, {"foreach": False}])
+def test_an_optimizers_step_is_seen_however_it_writes(kind, settings):
+    model, optimizer = attached(optimizer=lambda p, lr: kind(p, lr=lr, **settings))
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(inputs()).square().mean().backward()
+        optimizer.step()
+        close([model(inputs())], [functional(model)(inputs())])
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.usefixtures("_size")
+def test_gradient_checkpointing(reentrant):
+    model, _ = attached()
+    twin = functional(model)
+    x, y = inputs(True), inputs(True)
+    checkpoint(model, x, use_reentrant=reentrant).square().sum().backward()
+    twin(y).square().sum().backward()
+    close([x.grad, *(p.grad for p in trained(model))], [y.grad, *(p.grad for p in trained(twin))])
+
+
+@pytest.mark.usefixtures("_size")
+@pytest.mark.parametrize("context", [contextlib.nullcontext, lambda: torch.autocast("cpu", torch.bfloat16)])
+@pytest.mark.parametrize("base", [torch.float32, torch.bfloat16])
+def test_mixed_precision_gives_the_functional_dtypes(context, base):
+    model, _ = attached(dtype=torch.float32)
+    for module in (model.up, model.down, model.same, model.spare):
+        for parameter in module.parameters(recurse=False):
+            parameter.data = parameter.data.to(base)
+    twin, x = functional(model), inputs().to(base)
+    with context():
+        found, expected = model.same(x), twin.same(x)
+    assert found.dtype == expected.dtype
+    tolerance = 1e-6 if found.dtype == torch.float32 else 0.03
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch's own, in jvp
+def test_transforms_of_torch_func_use_the_functional_form():
+    model, _ = attached()
+    twin = functional(model)
+    own, other = dict(model.named_parameters()), dict(twin.named_parameters())
+    x = inputs()
+
+    def loss(parameters, module, row):
+        return torch.func.functional_call(module, parameters, (row,)).square().sum()
+
+    found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, None, 0))(own, model, x)
+    expected = torch.func.vmap(torch.func.grad(loss), in_dims=(None, None, 0))(other, twin, x)
+    close(list(found.values()), list(expected.values()))
+    _, tangent = torch.func.jvp(lambda y: model(y), (x,), (torch.ones_like(x),))
+    _, wanted = torch.func.jvp(lambda y: twin(y), (x,), (torch.ones_like(x),))
+    close([tangent], [wanted])
+
+
+def test_copies_pickles_and_evaluation_use_the_functional_form():
+    model, _ = attached()
+    again = pickle.loads(pickle.dumps(model))
+    assert all(vars(adapter)[eager.SLOT] is None for adapter in adapters_of(again))
+    close([again(inputs())], [model(inputs())])
+    assert torch.equal(model.eval()(inputs()), again.eval()(inputs()))
+    with torch.no_grad():
+        assert torch.equal(model.train()(inputs()), again.train()(inputs()))
+
+
+def test_a_detached_model_uses_the_functional_form():
+    model, optimizer = attached()
+    assert all(vars(adapter)[eager.SLOT] for adapter in adapters_of(model))
+    (hook,) = optimizer._optimizer_step_post_hooks.values()
+    hook.__self__.detach()
+    assert not any(eager.SLOT in vars(adapter) for adapter in adapters_of(model))
+    close(gradients(model, inputs()), gradients(copy.deepcopy(model), inputs()), 0)
