@@ -28,7 +28,11 @@ def model_card(program: Program, layers: Sequence[Layer], rank: int, layout: str
         "```\n" + format_table(("module", "rank"), [(layer.path, layer.update.rank) for layer in layers]) + "\n```",
     ]
     if saved := program.record.modules_to_save:
-        parts.append("Trained whole and included: " + ", ".join(f"`{path}`" for path in saved) + ".")
+        parts.append(
+            "Trained whole and included: "
+            + ", ".join(f"`{path}`" for path in saved)
+            + ". PEFT loads these; vLLM and llama.cpp load LoRA factors only: serve the merged model there."
+        )
     return "\n\n".join(parts) + "\n"
 
 

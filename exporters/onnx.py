@@ -15,7 +15,8 @@ from lora2fx.exporters.copies import Copies, copies_of, unwrapped
 from lora2fx.exporters.onnx_files import note_metadata, publish_onnx
 from lora2fx.exporters.onnx_graph import op_counts, paired_constants
 from lora2fx.exporters.onnx_lowered import float_model
-from lora2fx.exporters.onnx_options import NamedAxes, Options
+from lora2fx.exporters.onnx_multi import export_multi, multi_members
+from lora2fx.exporters.onnx_options import Mode, NamedAxes, Options
 from lora2fx.exporters.onnx_program import plain_attention
 from lora2fx.exporters.onnx_proof import Proof
 from lora2fx.exporters.onnx_tasks import Proven, Task, export_task, write_proven
@@ -41,6 +42,8 @@ def export_onnx(
     dtype: str | None = None,
     int8: bool = False,
     kv_cache: bool = False,
+    mode: Mode = "merged",
+    adapters: Mapping[str, nn.Module] | None = None,
 ) -> Report:
     """Write the model with its adapters merged as ONNX, with a JSON report `<path>.report.json` beside it.
 
@@ -50,6 +53,8 @@ def export_onnx(
     in a file of their own (None: above 1.5 GB), named by their content. `kv_cache` gives a decoder its cache as inputs
     `past_key_values.<layer>.key` and outputs `present.<layer>.key` (likewise `value`), past length 0 included.
     `dtype="float16"` merges in float32 and rounds once; `int8` then quantises the weights of all MatMuls dynamically.
+    `mode="multi"` writes the base instead, and a file `<stem>.<name>.onnx_adapter` beside it for each of `adapters`
+    (models adapted from one base by name; None: the model itself as "default"), swapped per run (`export_multi`).
 
     The file counts as written once it has passed: the ONNX checker; ONNX Runtime on `providers[0]` against the adapted
     model at several shapes (`prove_outputs`); and the base model's export, from which it may differ in each site's ΔW
@@ -70,7 +75,11 @@ def export_onnx(
         int8,
         kv_cache,
     )
-    options.check()
+    options.check(mode)
+    if mode == "multi":
+        return export_multi(multi_members(model, adapters), path, example_inputs, options)
+    if adapters is not None:
+        raise ExportError("adapters= names what mode='multi' swaps, and mode='merged' has one model. Ask for multi.")
     model = unwrapped(model)
     copies = copies_of(model if dtype is None else float_model(model), "export_onnx")
     return export_copies(copies, path, example_inputs, options)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 
 from lora2fx.errors import ExportError
 from lora2fx.exporters.runtime import Provider
 
+Mode = Literal["merged", "multi"]
 NamedAxes = Mapping[str, Mapping[int, str]]
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
@@ -34,8 +36,15 @@ class Options:
         """Whether a float32 model is to be written in float16."""
         return self.dtype == "float16"
 
-    def check(self) -> None:
+    def check(self, mode: Mode = "merged") -> None:
         """Raise `ExportError` for a request that is unknown or contradicts another."""
+        if mode not in get_args(Mode):
+            raise ExportError(f"mode={mode!r}: choose 'merged' (one file) or 'multi' (a base and swappable adapters).")
+        if mode == "multi" and (self.dtype is not None or self.int8 or self.kv_cache):
+            raise ExportError(
+                "mode='multi' writes the model's own dtype, without a cache: leave dtype=, int8= and kv_cache= out, or"
+                " export merged."
+            )
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ExportError(
                 f"dtype={self.dtype!r}: choose 'float32' or 'float16' (ONNX Runtime's CPU provider runs no bfloat16, so"

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from lora2fx.errors import ExportError
+from lora2fx.errors import ExportError, InputsError
 
 Provider = str | tuple[str, Mapping[str, Any]]
 
@@ -74,6 +74,24 @@ def run_session(session: Any, tensors: Mapping[str, Tensor]) -> list[np.ndarray[
     except Exception as error:
         sizes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
         raise ExportError(f"ONNX Runtime can't run the exported file on {sizes}: {first_line(error)}") from error
+
+
+def run_feed(session: Any, inputs: Mapping[str, Any], options: Any = None) -> list[np.ndarray[Any, Any]]:
+    """All outputs for named tensors or arrays; raises `InputsError` where they don't fit the graph."""
+    feed = {
+        name: value.detach().cpu().contiguous().numpy() if isinstance(value, Tensor) else np.asarray(value)
+        for name, value in inputs.items()
+    }
+    try:
+        return [np.asarray(value) for value in session.run(None, feed, options)]
+    except Exception as error:  # onnxruntime's exceptions share no base class
+        sizes = ", ".join(f"{name} {value.dtype} {value.shape}" for name, value in feed.items())
+        raise InputsError(f"ONNX Runtime can't run the graph on {sizes}: {first_line(error)}") from error
+
+
+def provider_device(provider: str) -> str:
+    """Where a provider's memory lies, as ONNX Runtime names it."""
+    return "cuda" if provider in ("CUDAExecutionProvider", "TensorrtExecutionProvider") else "cpu"
 
 
 def first_line(error: BaseException) -> str:

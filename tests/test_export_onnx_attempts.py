@@ -47,7 +47,7 @@ def test_an_unrolled_loop_keeps_a_fixed_sequence_and_says_so(tmp_path):
     assert found[0].filename == __file__
     assert report.details["dynamic_axes"] == {"x": {"0": "batch"}}
     with pytest.raises(
-        ExportError, match="can't export Recurrent: .*inferred a static shape|can't export Recurrent: .*conflicts"
+        ExportError, match=r"can't export Recurrent: .*inferred a static shape|can't export Recurrent: .*conflicts"
     ):
         export_onnx(model, tmp_path / "n.onnx", {"x": x}, dynamic_axes={"x": {0: "batch", 1: "sequence"}})
     assert not (tmp_path / "n.onnx").exists()
