@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from lora2fx.dataflow.recording import Recording
-from lora2fx.errors import InputsError
+from lora2fx.errors import InputsError, Lora2fxError
 from lora2fx.inputs import ExampleInputs, Inputs, as_inputs, synthesise
 from lora2fx.passes.recurrent import recurrent_sites
+from lora2fx.passes.state import OUT_OF_MEMORY
 from lora2fx.passes.static import static_sites
 from lora2fx.record import record
 from lora2fx.roles import find_sites
@@ -50,6 +51,21 @@ def _inputs(model: nn.Module, example_inputs: ExampleInputs | None, roles_needed
     return None
 
 
+def _recorded(model: nn.Module, inputs: Inputs, made_up: bool) -> Recording:
+    try:
+        return record(model, inputs)
+    except (Lora2fxError, *OUT_OF_MEMORY):
+        raise
+    except Exception as error:
+        if not made_up:
+            raise
+        shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in inputs.kwargs.items())
+        raise InputsError(
+            f"{type(model).__name__}'s forward raised {type(error).__name__} on inputs made from its config ({shapes}):"
+            f" {error}. Pass example_inputs= that it takes, a dict of its keyword arguments."
+        ) from error
+
+
 def analyse(model: nn.Module, example_inputs: ExampleInputs | None, roles_needed: bool) -> ModelAnalysis:
     """Record one forward and assign roles; without inputs for a plain module, the sites by name alone.
 
@@ -59,7 +75,7 @@ def analyse(model: nn.Module, example_inputs: ExampleInputs | None, roles_needed
     if inputs is None:
         sites, rest = static_sites(model)
         return ModelAnalysis(sites, rest, ties=tied_weights(model))
-    recording = record(model, inputs)
+    recording = _recorded(model, inputs, made_up=example_inputs is None)
     found = find_sites(model, recording)
     rest = {name: _rescaled(model, name) or reason for name, reason in found.rest.items()}
     reached = _reached(recording)

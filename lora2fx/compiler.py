@@ -13,28 +13,43 @@ from lora2fx.adapter import Adapter
 from lora2fx.analysis import ModelAnalysis, analyse
 from lora2fx.baselines import install_baseline, verify_baseline
 from lora2fx.dataflow.preserve import random_states
-from lora2fx.errors import AdapterError, RewriteError, VerifyError
+from lora2fx.errors import AdapterError, MethodError, RewriteError, VerifyError
 from lora2fx.heads import saved_modules
 from lora2fx.inputs import ExampleInputs
 from lora2fx.methods.hyperparameters import refuse_unmatched
 from lora2fx.methods.lora2 import LoRA2
 from lora2fx.passes.install import Adapted, restore_owners
 from lora2fx.passes.match import coverage, match_sites
+from lora2fx.passes.merging import is_foldable, largest
+from lora2fx.passes.outputs import EVAL, Reference, difference, observe
 from lora2fx.passes.rewrite import child_name, plan_rewrite, rewrite_owners
 from lora2fx.passes.state import unscanned
 from lora2fx.passes.verify import Verification, reference_outputs, verify_rewrites
-from lora2fx.program import RECORD, TIED, Baseline, Method, Program, Record, drop_attribute, keep_attribute
+from lora2fx.program import (
+    RECORD,
+    TIED,
+    Baseline,
+    Method,
+    Program,
+    Record,
+    drop_attribute,
+    keep_attribute,
+    refuse_other,
+)
 from lora2fx.reports import site_entry
 from lora2fx.sharding import is_replicated, is_sharded
 from lora2fx.site import Site
 from lora2fx.targets import Targets, needs_roles
 
 M = TypeVar("M", bound=nn.Module)
+UNTIED_GAP = 1e-3
+"""Outputs that a flag of the config moves further, relative to their size, are not the model's own."""
 DEFAULT_TARGETS = ("query", "key", "value", "ffn")
 
 
 def refuse_adapted(model: nn.Module, asked: str) -> None:
-    """Raise `AdapterError` where the model already holds adapters, or is spread over devices or processes."""
+    """Raise `AdapterError` where the model is none, holds adapters, or is spread over devices or processes."""
+    refuse_other(model, asked)
     if is_sharded(model):
         raise AdapterError(
             f"{asked}: {type(model).__name__} is sharded over several processes already. Do this first and"
@@ -97,11 +112,42 @@ def untie_config(model: nn.Module) -> bool | None:
     return before
 
 
+def _check_untied(model: nn.Module, found: ModelAnalysis, record: Record, reference: Reference) -> None:
+    """Raise `RewriteError` where the forward itself asks whether embeddings are tied, and computes something else."""
+    if not record.tied_config or found.inputs is None:
+        return
+    gap = difference(observe(model, found.inputs, EVAL), reference.outputs[EVAL.name])
+    if gap > UNTIED_GAP:
+        raise RewriteError(
+            f"untie=True for {', '.join(record.untied)}: the forward of {type(model).__name__} reads config.{TIED} and"
+            f" computes something else without it (outputs {gap:.2g} of their size away). Leave the tied weight out"
+            " with exclude=."
+        )
+
+
 def make_adapter(model: nn.Module, site: Site, method: Method) -> Adapter:
     """A fresh adapter on the weight's device, float32 or wider."""
     weight = model.get_parameter(site.weight)
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     return method.adapter(site).to(device=weight.device, dtype=dtype)
+
+
+def _refuse_classes(method: object) -> None:
+    if isinstance(method, type) or not hasattr(method, "training"):
+        raise MethodError(
+            f"method={method!r}: pass one with its hyperparameters, such as method=lora2fx.LoRA2(target_k=1)."
+        )
+
+
+def refuse_non_finite(model: nn.Module, sites: Sequence[Site]) -> None:
+    """Raise `RewriteError`, naming it, where a weight to adapt holds NaN or infinity: no check could tell anything."""
+    for name in dict.fromkeys(site.weight for site in sites):
+        weight = model.get_parameter(name).detach()
+        if weight.numel() and is_foldable(weight) and not largest(weight).isfinite():
+            raise RewriteError(
+                f"{name} holds NaN or infinity: the checkpoint is damaged, or training had diverged. Load a whole one,"
+                " or leave the weight out with exclude=."
+            )
 
 
 @contextmanager
@@ -134,18 +180,19 @@ def _may_train(parameter: nn.Parameter) -> bool:
     return parameter.is_floating_point() or parameter.is_complex()
 
 
+def _reasons(verification: Verification) -> str:
+    failing = (check for check in verification.checks if not check["passed"])
+    said = (f"{c['check']} check in {c['mode']} mode: {c['note'] or 'error {error}'.format(**c)}" for c in failing)
+    return "; ".join(dict.fromkeys(said))
+
+
 def _next_rewrite(program: Program, name: str, found: ModelAnalysis, failed: str, verification: Verification) -> str:
     site = program.adapters[name].site
     try:
         return plan_rewrite(program.root, site, found.outside_reads, after=failed)
     except RewriteError as error:
-        reasons = dict.fromkeys(
-            f"{check['check']} check in {check['mode']} mode: {check['note'] or 'error {error}'.format(**check)}"
-            for check in verification.checks
-            if not check["passed"]
-        )
         raise VerifyError(
-            f"{site.weight}, rewritten as `{failed}`, does not compute what it must ({'; '.join(reasons)}), and no"
+            f"{site.weight}, rewritten as `{failed}`, does not compute what it must ({_reasons(verification)}), and no"
             " rewrite is left. Leave it out with exclude=."
         ) from error
 
@@ -159,7 +206,11 @@ def install_verified(program: Program, found: ModelAnalysis, plans: dict[str, st
         if verification.status == "passed":
             return verification
         if not verification.failed:
-            raise VerifyError(f"the rewritten model does not compute what it must: {verification.checks}")
+            raise VerifyError(
+                f"{type(program.root).__name__} with its original forwards does not compute again what it did before"
+                f" ({_reasons(verification)}), so that nothing can be verified. Make its forward repeatable, or pass"
+                " verify=False."
+            )
         restore_owners(program.root)
         for name in verification.failed:
             plans[name] = _next_rewrite(program, name, found, plans[name], verification)
@@ -230,11 +281,12 @@ def transform(
 
     Raises `TargetError` (a target matches nothing), `InputsError` (the model must be run and nothing says how),
     `MethodError` (a `rank_pattern` names no adapted weight),
-    `RewriteError` (a matched weight is tied, parametrized, ...), `VerifyError` (a rewrite does not compute W + ΔW),
-    `AdapterError` (adapted already). On any error the model is as it was.
+    `RewriteError` (a matched weight is tied, parametrized, not finite, ...), `VerifyError` (a rewrite does not compute
+    W + ΔW), `AdapterError` (adapted already). On any error the model is as it was.
     """
     refuse_adapted(model, "transform")
     method = LoRA2() if method is None else method
+    _refuse_classes(method)
     if targets is None:
         targets = method.default_targets if isinstance(method, Baseline) else DEFAULT_TARGETS
     found = analyse(model, example_inputs, needs_roles(targets) or needs_roles(exclude))
@@ -243,6 +295,7 @@ def transform(
     sites = match_sites(free, targets, exclude, found.rest)
     for pattern in ("rank_pattern", "alpha_pattern"):
         refuse_unmatched(getattr(method, pattern, {}), sites, pattern)
+    refuse_non_finite(model, sites)
     trainable = frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad)
     check = verify and found.inputs is not None
     with all_or_nothing(model):
@@ -260,6 +313,8 @@ def transform(
             if site.weight in found.ties
         }
         record.tied_config = untie_config(model) if record.untied else None
+        if reference is not None:
+            _check_untied(model, found, record, reference)
         with _seeded(seed):
             program = _program(model, method, sites, record)
         plans = {

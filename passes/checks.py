@@ -13,7 +13,7 @@ import torch
 
 from lora2fx.inputs import Inputs
 from lora2fx.passes.copying import Folded, base_copy, folded_copy
-from lora2fx.passes.gradients import GradientErrors, compare_gradients, gradient_noise
+from lora2fx.passes.gradients import GradientErrors, backward_error, compare_gradients, gradient_noise
 from lora2fx.passes.merging import is_foldable, site_weight
 from lora2fx.passes.outputs import (
     EVAL_GRAD,
@@ -28,7 +28,7 @@ from lora2fx.passes.outputs import (
     repeated_outputs,
 )
 from lora2fx.passes.probe import masked, randomise, wobbled
-from lora2fx.passes.state import preserved, preserved_values
+from lora2fx.passes.state import OUT_OF_MEMORY, preserved, preserved_values
 from lora2fx.program import Program
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
@@ -145,6 +145,8 @@ def _against_base(trial: Trial, check: str, mode: Mode) -> Check:
     """ΔW is 0 now: every output is the base's, bit for bit where the base repeats itself."""
     try:
         found = observe(trial.program.model, trial.inputs, mode)
+    except OUT_OF_MEMORY:
+        raise
     except Exception as error:
         return _failure(check, mode, error)
     gap = difference(found, trial.reference.outputs[mode.name])
@@ -162,14 +164,16 @@ def _output_noise(trial: Trial, folded: Folded, mode: Mode, expected: Outputs) -
 def _against_folded(trial: Trial, folded: Folded, mode: Mode, known: GradientErrors | None) -> Check:
     """Factors are random now: every output is the folded model's, and visibly not the base's.
 
-    `known` holds the outputs in eval with gradients, where the gradients were found.
+    `known` holds the outputs in the mode that gradients were found in.
     """
     try:
-        if known is not None and mode == EVAL_GRAD:
+        if known is not None and mode == known.mode:
             expected, found = known.expected, known.found
         else:
             expected = observe(folded.model, trial.inputs, mode)
             found = observe(trial.program.model, trial.inputs, mode)
+    except OUT_OF_MEMORY:
+        raise
     except Exception as error:
         return _failure("folded", mode, error)
     gap, tolerance = difference(found, expected), trial.tolerance
@@ -187,21 +191,31 @@ def _checked_gradients(trial: Trial, folded: Folded, found: GradientErrors) -> C
     tolerance = min(0.5, GRADIENT_SLACK * trial.tolerance)
     wrong = [name for name, error in found.errors.items() if error > tolerance]
     if wrong:  # below 1: an adapter without any gradient is never noise
-        noise = gradient_noise(trial.program, trial.inputs, folded)
+        noise = gradient_noise(trial.program, trial.inputs, folded, found.mode)
         wrong = [name for name in wrong if found.errors[name] > min(0.9, NOISE * noise[name])]
     worst = max(found.errors.values(), default=0.0)
     known = worst if isfinite(worst) else None
     note = f"no finite gradient reaches {shortened(found.unreached)}, folded or not" if found.unreached else ""
     empty = not found.errors
-    return Check("gradient", EVAL_GRAD.name, not wrong, known, tolerance, None, empty, note, tuple(wrong))
+    return Check("gradient", found.mode.name, not wrong, known, tolerance, None, empty, note, tuple(wrong))
 
 
 def _gradients(trial: Trial, folded: Folded) -> tuple[GradientErrors | None, Check]:
-    try:
-        found = compare_gradients(trial.program, trial.inputs, folded)
-    except Exception as error:
-        return None, _failure("gradient", EVAL_GRAD, error)
-    return found, _checked_gradients(trial, folded, found)
+    """In eval mode; in train mode where the model itself can't be differentiated in eval (a cache that it writes)."""
+    reason = None
+    for mode in (mode for mode in trial.modes if mode.grad):
+        try:
+            found = compare_gradients(trial.program, trial.inputs, folded, mode)
+        except OUT_OF_MEMORY:
+            raise
+        except Exception as error:
+            reason = backward_error(trial.inputs, folded, mode)
+            if reason is None:
+                return None, _failure("gradient", mode, error)
+        else:
+            return found, _checked_gradients(trial, folded, found)
+    note = f"the model itself can't be differentiated: {reason}"
+    return None, Check("gradient", EVAL_GRAD.name, True, vacuous=True, note=note)
 
 
 def _with_factors(trial: Trial, draw: int) -> list[Check]:

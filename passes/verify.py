@@ -62,7 +62,10 @@ def _culprits(groups: Sequence[tuple[str, ...]], fails: Callable[[Sequence[str]]
 
 
 def _blamed(trial: Trial, checks: Sequence[Check]) -> tuple[str, ...]:
-    """The adapters to blame: known from their gradients, or found with only some of the owners rewritten."""
+    """The adapters to blame: known from their gradients, or found with only some of the owners rewritten.
+
+    None where even a copy with no owner rewritten fails.
+    """
     failing = [check for check in checks if not check.passed]
     if all(check.sites for check in failing):
         return tuple(dict.fromkeys(name for check in failing for name in check.sites))
@@ -71,6 +74,8 @@ def _blamed(trial: Trial, checks: Sequence[Check]) -> tuple[str, ...]:
         part = replace(trial, program=partial_copy(trial.program, names))
         return any(not check.passed for check in all_checks(part))
 
+    if fails(()):
+        return ()
     owners: dict[str, list[str]] = defaultdict(list)
     for name, adapter in trial.program.adapters.items():
         owners[rewritten_path(trial.program.root, adapter)].append(name)

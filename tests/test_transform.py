@@ -90,7 +90,7 @@ def test_fold_gives_back_classes_keys_parameters_and_flags(name):
     classes = [type(module) for module in model.modules()]
     keys, parameters = list(model.state_dict()), dict(model.named_parameters())
     flags = {key: parameter.requires_grad for key, parameter in parameters.items()}
-    lora2fx.transform(model, TARGETS, example_inputs=ZOO[name].example_inputs, seed=0)
+    lora2fx.transform(model, TARGETS, lora2fx.LoRA2(k=2), example_inputs=ZOO[name].example_inputs, seed=0)
     assert any(isinstance(module, Adapted) for module in model.modules())
     trained = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
     assert trained
@@ -333,3 +333,30 @@ def test_inspect_shows_every_weight_and_leaves_the_model_alone(name):
     assert shown == {id(parameter) for parameter in named.values() if parameter.dim() >= 2}
     assert all(site["rewrite"] or site["reason"] for site in report["sites"])
     assert all(torch.equal(model.state_dict()[key], value) for key, value in state.items())
+
+
+def test_a_forward_that_asks_whether_embeddings_are_tied_is_refused_untied():
+    class Scaled(type(ZOO["gpt2"].build())):
+        def forward(self, input_ids=None, **kwargs):
+            found = super().forward(input_ids, **kwargs)
+            found.logits = found.logits * (0.5 if self.config.tie_word_embeddings else 1.0)
+            return found
+
+    model = ZOO["gpt2"].build()
+    model.__class__ = Scaled
+    weight, flag = model.lm_head.weight, model.config.tie_word_embeddings
+    with pytest.raises(
+        lora2fx.Lora2fxError, match=r"untie=True for lm_head\.weight.*reads config\.tie_word_embeddings"
+    ):
+        lora2fx.transform(model, "role:lm_head", lora2fx.LoRA2(k=2), untie=True)
+    assert model.lm_head.weight is weight
+    assert model.config.tie_word_embeddings is flag
+
+
+def test_made_up_inputs_that_the_forward_does_not_take_ask_for_example_inputs():
+    model = ZOO["bert"].build()
+    model.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(
+        lora2fx.Lora2fxError, match=r"raised ZeroDivisionError on inputs made from its config \(input_ids"
+    ):
+        lora2fx.inspect(model)

@@ -347,3 +347,43 @@ def test_inputs_that_the_forward_changes_are_the_same_in_every_run():
     program = adapt(model, METHODS["lora2"], [Site("linear.weight", "linear", "weight", (4, 4), OUT_IN)])
     assert verify_rewrites(program, inputs, reference).status == "passed"
     assert inputs.args[1] == [] and torch.equal(inputs.args[0], torch.ones(2, 4).double())
+
+
+class Caching(nn.Module):
+    """In eval mode it writes what its own backward needs, as a cache does; in train mode it does not."""
+
+    def __init__(self, always=False):
+        super().__init__()
+        self.linear, self.always = nn.Linear(4, 4).double(), always
+
+    def forward(self, x):
+        hidden = self.linear(x)
+        out = hidden * hidden
+        if self.always or not self.training:
+            hidden.mul_(1.0)
+        return out
+
+
+@pytest.mark.parametrize(("always", "mode"), [(False, "train"), (True, "eval with gradients")])
+def test_gradients_are_compared_where_the_model_can_be_differentiated(always, mode):
+    site = Site("linear.weight", "linear", "weight", (4, 4), OUT_IN)
+    program, reference = rewritten(model=Caching(always), sites=[site])
+    found = verify_rewrites(program, small_inputs(), reference)
+    (gradient,) = [check for check in found.checks if check["check"] == "gradient"]
+    assert found.status == "passed"
+    assert (gradient["mode"], gradient["vacuous"]) == (mode, always)
+    assert ("can't be differentiated: RuntimeError" in gradient["note"]) is always
+
+
+def test_gradients_that_underflow_are_said_to_show_nothing():
+    model = nn.Sequential(*[nn.Linear(4, 4).double() for _ in range(3)], Vanishing())
+    sites = [Site(f"{i}.weight", str(i), "weight", (4, 4), OUT_IN) for i in range(3)]
+    program, reference = rewritten(model=model, sites=sites)
+    found = verify_rewrites(program, small_inputs(), reference)
+    assert found.status == "passed"
+    assert any("no finite gradient reaches 0.lora2fx_weight" in check["note"] for check in found.checks)
+
+
+class Vanishing(nn.Module):
+    def forward(self, x):
+        return x * 1e-60 + 1

@@ -9,7 +9,7 @@ from lora2fx.dataflow.claims import Claim
 from lora2fx.dataflow.contractions import is_convolution, is_depthwise, is_embedding
 from lora2fx.dataflow.gating import carrying, count_weights, find_gating, gated_roles
 from lora2fx.dataflow.graph import Behind, Dataflow, Ops
-from lora2fx.dataflow.ops import is_adding, is_nonlinear, is_product, is_view
+from lora2fx.dataflow.ops import is_adding, is_nonlinear, is_product, is_scattering, is_view
 from lora2fx.dataflow.recording import Op
 from lora2fx.dataflow.weights import Use, Weights
 from lora2fx.site import Site
@@ -84,7 +84,8 @@ class FeedForwardRoles:
                     continue
                 seen.add(op.index)
                 meets = any(self._is_sum_of(other, started) for other in op.inputs if other != value)
-                spread = (is_adding(op) or is_product(op)) and values[op.outputs[0]].numel > values[value].numel
+                grown = values[op.outputs[0]].numel > values[value].numel
+                spread = grown and (is_adding(op) or is_product(op)) and not is_scattering(op)
                 if is_adding(op) and meets and not spread:
                     return True
                 if not spread and not (is_product(op) and meets):

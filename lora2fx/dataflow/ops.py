@@ -96,6 +96,11 @@ def is_adding(op: Op) -> bool:
     return stem(op) in _ADDING
 
 
+def is_scattering(op: Op) -> bool:
+    """Whether the op adds rows to some of many, as the tokens that an expert was given."""
+    return stem(op) == "aten.index_add"
+
+
 def is_product(op: Op) -> bool:
     """Whether the op multiplies or divides element by element."""
     return stem(op) in _PRODUCTS
