@@ -100,8 +100,7 @@ def test_unchanged_constants_and_updates_lost_in_rounding_pass():
 
 def test_equal_weights_with_different_updates_are_told_apart():
     first, second = (
-        changing(n, torch.ones(3, 3), s * torch.eye(3, dtype=torch.float64))
-        for n, s in (("a", 1.0), ("b", 2.0))
+        changing(n, torch.ones(3, 3), s * torch.eye(3, dtype=torch.float64)) for n, s in (("a", 1.0), ("b", 2.0))
     )
     pairs = [
         Pair("p", Constant(np.ones((3, 3), np.float32)), Constant((np.ones((3, 3)) + s * np.eye(3)).astype(np.float32)))
