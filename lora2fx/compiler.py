@@ -139,11 +139,13 @@ def _refuse_classes(method: object) -> None:
         )
 
 
-def refuse_non_finite(model: nn.Module, sites: Sequence[Site]) -> None:
-    """Raise `RewriteError`, naming it, where a weight to adapt holds NaN or infinity: no check could tell anything."""
+def refuse_unusable(model: nn.Module, sites: Sequence[Site]) -> None:
+    """Raise `RewriteError`, naming it, where a weight to adapt is empty, or holds NaN: no check could tell anything."""
     for name in dict.fromkeys(site.weight for site in sites):
         weight = model.get_parameter(name).detach()
-        if weight.numel() and is_foldable(weight) and not largest(weight).isfinite():
+        if not weight.numel():
+            raise RewriteError(f"{name} has no elements ({tuple(weight.shape)}). Leave it out with exclude=.")
+        if is_foldable(weight) and not largest(weight).isfinite():
             raise RewriteError(
                 f"{name} holds NaN or infinity: the checkpoint is damaged, or training had diverged. Load a whole one,"
                 " or leave the weight out with exclude=."
@@ -295,7 +297,7 @@ def transform(
     sites = match_sites(free, targets, exclude, found.rest)
     for pattern in ("rank_pattern", "alpha_pattern"):
         refuse_unmatched(getattr(method, pattern, {}), sites, pattern)
-    refuse_non_finite(model, sites)
+    refuse_unusable(model, sites)
     trainable = frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad)
     check = verify and found.inputs is not None
     with all_or_nothing(model):

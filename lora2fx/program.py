@@ -118,11 +118,18 @@ def drop_attribute(module: nn.Module, name: str) -> None:
             module.meta.pop(KEPT, None)
 
 
+def refuse_other(model: object, asked: str) -> None:
+    """Raise `AdapterError` for anything but a module."""
+    if not isinstance(model, nn.Module):
+        raise AdapterError(f"{asked} takes a torch.nn.Module; {model!r:.80} is a {type(model).__name__}.")
+
+
 def program_of(model: nn.Module, asked: str) -> Program:
     """The program inside `model`, which may wrap it (DDP, torch.compile, a user's own module).
 
     Raises `AdapterError`, naming what was `asked`, where there is none.
     """
+    refuse_other(model, asked)
     for root in model.modules():
         record = vars(root).get(RECORD)
         if record is not None:

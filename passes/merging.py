@@ -75,6 +75,11 @@ def _refuse_unfoldable(merge: Merge) -> None:
             " dequantise the weight first; the model is as it was."
         )
     for name, adapter in merge.adapters.items():
+        if tuple(weight.shape) != adapter.site.shape:
+            raise AdapterError(
+                f"fold: {adapter.site.weight} was {adapter.site.shape} when it was adapted and is {tuple(weight.shape)}"
+                " now. Put a weight of the old shape back, or lora2fx.unload(model); the model is as it was."
+            )
         bad = [path for path, value in adapter.named_parameters() if not value.detach().isfinite().all()]
         if bad:
             raise AdapterError(
@@ -83,7 +88,8 @@ def _refuse_unfoldable(merge: Merge) -> None:
             )
 
 
-def _largest(weight: Tensor) -> Tensor:
+def largest(weight: Tensor) -> Tensor:
+    """The largest magnitude, a float64 scalar; NaN where there is one."""
     wide = weight if weight.element_size() > 1 else weight.float()  # the 8-bit floats have no aminmax
     return torch.stack(torch.aminmax(wide)).abs().amax().double()
 
@@ -104,11 +110,11 @@ def check_merges(found: Sequence[Merge]) -> None:
         _refuse_unfoldable(merge)
         if not merge.weight.numel():
             continue
-        largest = _largest(merge.weight.detach())
-        bound = largest + merge.factors().largest()
+        own = largest(merge.weight.detach())
+        bound = own + merge.factors().largest()
         if not bound <= torch.finfo(merge.weight.dtype).max and _overflows(merge):
             dtype = merge.weight.dtype
-            cause = f"W + ΔW leaves {dtype}" if largest.isfinite() else "the base weight holds NaN or infinity"
+            cause = f"W + ΔW leaves {dtype}" if own.isfinite() else "the base weight holds NaN or infinity"
             raise AdapterError(
                 f"fold: {merge.names}: {cause}. Convert the model to a wider dtype, or lora2fx.unload(model);"
                 " the model is as it was."

@@ -31,8 +31,8 @@ class Case:
 CASES = {
     "LoRA": Case(LoRA(r=4, lora_alpha=4), 400, 0.02),
     "LoRA2": Case(LoRA2(r=6, k=4, lora_alpha=6, target_r=2), 600, 0.02, "lambda"),
-    # Columns are pruned for good, and two that share a direction may outlive a weak one: of the seeds 0 to 4, 2 and 4
-    # end at (2, 2).
+    # Columns are pruned for good, and two that share a direction may outlive a weak one: of the seeds 0 to 11, one (5)
+    # ends at (2, 2).
     "LoRA2 columns": Case(LoRA2(r=6, k=6, lora_alpha=6, target_k=2), 600, 0.02, "columns"),
     "LoRA2 as published": Case(LoRA2.paper(r=6, k=4, lora_alpha=6, target_r=2), 1000, 0.06, "lambda"),
     "AdaLoRA": Case(AdaLoRA(r=6, lora_alpha=6, target_r=2), 800, 0.06, "lambda"),

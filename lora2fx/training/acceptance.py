@@ -38,7 +38,7 @@ def stepping_optimizer(optimizer: object) -> Optimizer:
 
 
 def refuse_uncovered(adapters: Sequence[Adapter], optimizer: Optimizer) -> None:
-    """Raise `AdapterError`, naming them, where trainable adapter parameters are not in the optimizer."""
+    """Raise `AdapterError`, naming them, where adapter parameters are not in the optimizer, or none is trainable."""
     covered = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     trained = [
         (f"{adapter.site.weight}: {name}", parameter)
@@ -46,6 +46,11 @@ def refuse_uncovered(adapters: Sequence[Adapter], optimizer: Optimizer) -> None:
         for name, parameter in adapter.named_parameters()
         if parameter.requires_grad
     ]
+    if adapters and not trained:
+        raise AdapterError(
+            "no parameter of any adapter requires a gradient: they were frozen after transform, so that nothing would"
+            " be trained and nothing could be scored. Call .requires_grad_(True) on them."
+        )
     missing = [name for name, parameter in trained if id(parameter) not in covered]
     if missing:
         shown = "; ".join(missing[:5]) + (f"; and {len(missing) - 5} more" if len(missing) > 5 else "")
