@@ -175,7 +175,7 @@ def _write(
     digest = weights_digest(graph)
     version = version_of(hashlib.sha256(json.dumps([digest, *plan.names, *slots]).encode()).hexdigest())
     append_metadata(file, _notes(slots, version, digest))
-    model = OnnxModel(file, options.providers)
+    model = OnnxModel(file, options.providers, exact=True)
     none = prove_outputs(_Run(model, None), Copies(base, base, base, (), None), plan.cases, plan.names)
     wiring = _prove_wiring(model, shell, slots, base, plan)
     entries: dict[str, Any] = {}

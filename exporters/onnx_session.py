@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lora2fx.errors import AdapterError, FormatError, InputsError
 from lora2fx.exporters.onnx_adapters import read_adapter
-from lora2fx.exporters.runtime import Provider, open_session, provider_device, run_feed
+from lora2fx.exporters.runtime import Provider, first_line, open_session, provider_device, run_feed
 
 Array = NDArray[Any]
 Value = Array | Tensor
@@ -30,9 +30,18 @@ class OnnxModel:
     where memory is bound; here one runs at a time, its versions were compared, and it is bound with the inputs.
     """
 
-    def __init__(self, path: str | os.PathLike[str], providers: Sequence[Provider] = ("CPUExecutionProvider",)) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        providers: Sequence[Provider] = ("CPUExecutionProvider",),
+        exact: bool = False,
+    ) -> None:
+        """Open `path`; `exact` has CUDA multiply float32 in float32, which by default it rounds to TF32.
+
+        Raises `ExportError` where the file can't be loaded, or where another provider than the first would run.
+        """
         self.path = Path(path)
-        self.session = open_session(self.path, providers)
+        self.session = open_session(self.path, providers, exact)
         self.provider: str = self.session.get_providers()[0]
         notes: dict[str, str] = self.session.get_modelmeta().custom_metadata_map
         self._version = int(notes.get(MODEL_VERSION, "0"))
@@ -99,7 +108,13 @@ class OnnxModel:
         for name in self.outputs:
             binding.bind_output(name, device, 0)
         binding.synchronize_inputs()
-        self.session.run_with_iobinding(binding)
+        try:
+            self.session.run_with_iobinding(binding)
+        except Exception as error:  # onnxruntime's exceptions share no base class
+            sizes = ", ".join(f"{name} {value.data_type()} {tuple(value.shape())}" for name, value in values.items())
+            raise InputsError(
+                f"ONNX Runtime can't run the graph on bound memory, {sizes}: {first_line(error)}"
+            ) from error
         binding.synchronize_outputs()
         return dict(zip(self.outputs, binding.get_outputs(), strict=True))
 

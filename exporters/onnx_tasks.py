@@ -91,7 +91,7 @@ def write_proven(task: Task, file: Path, options: Options) -> Proven:
     low = quantise(graph, aside, "merged", beside)
     found = check_int8(graph, low) | {"float32_max_error": exact.proof.max_error}
     paths = save_onnx(quantise(task.exported.base, aside, "base", beside), aside / "base.onnx", beside)
-    base = open_session(paths[0], options.providers)
+    base = open_session(paths[0], options.providers, exact=True)
     lowering = int8_lowering(functools.partial(run_session, base), functools.partial(outputs_of, task.copies.base))
     return _prove(task, low, file, options, lowering, found)
 
@@ -106,7 +106,7 @@ def _prove(
 ) -> Proven:
     plan, dtype = task.exported.plan, torch.float16 if options.half else None
     paths = save_onnx(graph, file, goes_beside(graph, options.external_data))
-    session = open_session(paths[0], options.providers)
+    session = open_session(paths[0], options.providers, exact=True)
 
     def run(tensors: Tensors) -> list[Array]:
         return run_session(session, as_dtype(tensors, dtype))

@@ -40,16 +40,24 @@ def _importable(name: str) -> bool:
     return True
 
 
-def open_session(path: Path, providers: Sequence[Provider]) -> Any:
-    """An ONNX Runtime session of the file; raises `ExportError` where another provider than the first one runs."""
+def open_session(path: Path, providers: Sequence[Provider], exact: bool = False) -> Any:
+    """An ONNX Runtime session of the file; raises `ExportError` where another provider than the first one runs.
+
+    `exact` keeps CUDA from rounding float32 products to TF32 (10 bits), as it does by default, and as no proof could
+    tell from an error; options that are given stay.
+    """
     import onnxruntime
 
     asked = _name(providers[0])
     available = onnxruntime.get_available_providers()
     if asked not in available:
         raise ExportError(
-            f"providers={[_name(p) for p in providers]!r}: this onnxruntime knows {', '.join(available)}."
+            f"providers={[_name(p) for p in providers]!r}: this onnxruntime knows {', '.join(available)}.{_hint(asked)}"
         )
+    if exact:
+        providers = [
+            ("CUDAExecutionProvider", {"use_tf32": "0"}) if p == "CUDAExecutionProvider" else p for p in providers
+        ]
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     try:
@@ -99,6 +107,15 @@ def first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no text"]
     text = " ".join(lines[:2] if lines[0].endswith(":") else lines[:1])
     return f"{type(error).__name__}: {text[:300]}"
+
+
+def _hint(asked: str) -> str:
+    if asked not in ("CUDAExecutionProvider", "TensorrtExecutionProvider"):
+        return ""
+    return (
+        ' It was built for the CPU: pip uninstall onnxruntime, then pip install "lora2fx[gpu]", on a machine with an'
+        " NVIDIA GPU."
+    )
 
 
 def _name(provider: Provider) -> str:

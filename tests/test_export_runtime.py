@@ -55,6 +55,29 @@ def test_an_unknown_provider_is_refused(tmp_path):
         open_session(relu(tmp_path / "m.onnx"), ["TeleportExecutionProvider"])
 
 
+def test_a_runtime_built_for_the_cpu_says_what_to_install(tmp_path):
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("this onnxruntime is built for CUDA")
+    with pytest.raises(ExportError, match=r'built for the CPU: pip uninstall onnxruntime, .*"lora2fx\[gpu\]"'):
+        open_session(relu(tmp_path / "m.onnx"), ["CUDAExecutionProvider"])
+
+
+def test_a_proof_keeps_cuda_from_rounding_to_tf32(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+
+    def session(path, options, providers):
+        asked.append(providers)
+        raise RuntimeError("no device")
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", session)
+    given = ("CUDAExecutionProvider", {"device_id": 0})
+    for providers, exact in ((["CUDAExecutionProvider"], True), (["CUDAExecutionProvider"], False), ([given], True)):
+        with pytest.raises(ExportError, match="can't load the exported file: RuntimeError: no device"):
+            open_session(relu(tmp_path / "m.onnx"), providers, exact)
+    assert asked == [[("CUDAExecutionProvider", {"use_tf32": "0"})], ["CUDAExecutionProvider"], [given]]
+
+
 def test_a_provider_that_silently_falls_back_is_refused(tmp_path, monkeypatch):
     known = ["CUDAExecutionProvider", "CPUExecutionProvider"]
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: known)
