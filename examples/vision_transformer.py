@@ -29,7 +29,7 @@ def main(out: Path, steps: int = 200) -> float:
     labels = torch.tensor(digits.target)
     model, generator = build(), torch.Generator().manual_seed(0)
     lora2fx.transform(model, ["query", "key", "value", "output", "ffn"], lora2fx.LoRA2(r=8, k=8, target_k=4))
-    optimizer = torch.optim.AdamW(lora2fx.param_groups(model, lr=1e-2))
+    optimizer = torch.optim.AdamW(lora2fx.param_groups(model, lr=3e-3))
     lora2fx.attach(model, optimizer, total_steps=steps)
     for _ in range(steps):
         rows = torch.randint(0, len(images) - 400, (64,), generator=generator)
