@@ -155,7 +155,9 @@ def load_peft(
 
     Every key, name, shape, dtype and value is checked before the model is touched; the rewrites are verified as in
     `transform` where the model can be run. A PEFT folder holds no digest of its base; base weights that it does hold
-    (an adapted embedding's) must be the model's own unless `allow_other_base`.
+    (an adapted embedding's) must be the model's own unless `allow_other_base`. Biases that PEFT trained
+    (bias="all", "lora_only") take their trained values and are not trained on; `unload` takes them back, and the model
+    can be folded and exported merged, but not saved as an adapter, which holds no biases.
     Raises `FormatError`; the model then is as it was.
     """
     config = read_config(folder)
@@ -175,8 +177,12 @@ def load_peft(
         method = _method(config, layers, _dropout(config, plans))
         adapters = _adapters(model, method, layers, tensors)
         with all_or_nothing(model):
-            _install(_program(model, method, rest.modules, adapters, found), plans, found)
-            _write(model, rest.heads, tensors)
+            program = _program(model, method, rest.modules, adapters, found)
+            _install(program, plans, found)
+            biases = rest.trained_biases(model, tensors)
+            program.record.trained = tuple(biases)
+            program.record.originals |= {name: model.get_parameter(name).detach().clone() for name in biases}
+            _write(model, rest.heads | biases, tensors)
     except (FormatError, InputsError):
         raise
     except Exception as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 import lora2fx
-from lora2fx.errors import FormatError, Lora2fxWarning
+from lora2fx.errors import AdapterError, FormatError, Lora2fxWarning
 from lora2fx.program import program_of
 from tests.peft_folders import IDS, Net, written
 from tests.programs import states
@@ -194,6 +195,33 @@ def test_copies_of_base_weights_must_be_the_models_own(tmp_path):
     lora2fx.load(other, tmp_path, allow_other_base=True)
     lora2fx.unload(other)
     assert states(other) == before
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_trained_biases_are_loaded_folded_and_taken_back(tmp_path, bias):
+    config = peft.LoraConfig(r=2, target_modules=["fc"], modules_to_save=["head"], bias=bias)
+    theirs = written(Net(), config, tmp_path / "untrained")
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if parameter.requires_grad and name.endswith("bias"):
+                parameter.add_(0.5)
+    theirs.save_pretrained(str(tmp_path / "peft"))
+    expected = outputs(theirs)
+    model = lora2fx.load(Net(), tmp_path / "peft", example_inputs=(IDS,))
+    torch.testing.assert_close(outputs(model), expected, rtol=0, atol=1e-6)
+    with pytest.raises(AdapterError, match="save: LoRA trains the model's own weights"):
+        lora2fx.save(model, tmp_path / "own")
+    with pytest.raises(AdapterError, match="export_peft: LoRA trains the model's own weights"):
+        lora2fx.exporters.export_peft(model, tmp_path / "back", example_inputs=(IDS,))
+    lora2fx.exporters.export_safetensors(model, tmp_path / "merged.safetensors")
+    other = copy.deepcopy(model)
+    lora2fx.unload(other)
+    assert states(other) == states(Net())
+    torch.testing.assert_close(outputs(model), expected, rtol=0, atol=1e-6)
+    lora2fx.fold(model)
+    torch.testing.assert_close(outputs(model), expected, rtol=0, atol=2e-6)
+    untrained = lora2fx.load(Net(), tmp_path / "untrained")
+    lora2fx.save(untrained, tmp_path / "own")
 
 
 def test_dropout_that_nothing_can_act_on_is_left_out_and_said(tmp_path):
