@@ -89,14 +89,14 @@ class Trial:
         """The modes that the base model could run in."""
         return [mode for mode in MODES if mode.name in self.reference.outputs]
 
-    @property
+    @cached_property
     def tolerance(self) -> float:
         """By the coarsest dtype among the model's parameters and outputs."""
         outputs = [output for found in self.reference.outputs.values() for output in found]
         tensors = (*self.program.root.parameters(), *outputs)
         return max((TOLERANCE.get(dtype, 0.0) for dtype in {tensor.dtype for tensor in tensors}), default=0.0)
 
-    @property
+    @cached_property
     def unfoldable(self) -> list[str]:
         """Adapters whose weights nothing can be added to."""
         adapters = self.program.adapters

@@ -22,12 +22,11 @@ def draw_like(tensor: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor)
 
 
-def _size_parameter(adapter: Adapter) -> nn.Parameter | None:
-    """A parameter that ΔW is linear in, found by doubling each in turn and looking at a few rows of activations."""
+def _size_parameter(adapter: Adapter, twin: Adapter) -> nn.Parameter | None:
+    """A parameter that ΔW is linear in, found by doubling each of the exact twin's in turn, and a few activations."""
     site = adapter.site
     rows = torch.randn(*site.batch_shape, 4, site.in_features, generator=torch.Generator().manual_seed(0))
     rows = rows.to(device=next(adapter.parameters()).device, dtype=torch.float64)
-    twin = adapter.exact()
     before = twin(rows)
     for parameter, exact in zip(adapter.parameters(), twin.parameters(), strict=True):
         exact.mul_(2)
@@ -37,13 +36,20 @@ def _size_parameter(adapter: Adapter) -> nn.Parameter | None:
     return None
 
 
+def _norm(exact: Adapter) -> float:
+    """‖ΔW‖_F of float64 factors, ‖L R‖² = ⟨Lᵀ L, R Rᵀ⟩, without ΔW."""
+    left, right = exact.rows(), exact.right()
+    return float(((left.mT @ left) * (right @ right.mT)).sum().clamp(min=0).sqrt())
+
+
 @torch.no_grad()
 def randomise(adapter: Adapter, weight: Tensor, generator: torch.Generator) -> None:
     """Overwrite every parameter with normal numbers, scaled so that ‖ΔW‖_F is `SIZE` · ‖W‖_F."""
     for parameter in adapter.parameters():
         parameter.copy_(draw_like(parameter, generator))
-    found = _size_parameter(adapter)
-    norm = float(adapter.singular_values().norm())
+    twin = adapter.exact()
+    norm = _norm(twin)
+    found = _size_parameter(adapter, twin)
     if found is None or norm == 0:
         return
     reach = float(torch.linalg.vector_norm(weight.detach(), dtype=torch.float64)) if is_foldable(weight) else 0.0
