@@ -20,6 +20,10 @@ from lora2fx.program import Baseline, Method
 METHODS: tuple[type[Method], ...] = (LoRA2, LoRA, AdaLoRA, SoRA, SaLoRA, ALoRA)
 
 
+ADDED: Mapping[str, frozenset[str]] = {}
+"""By method, hyperparameters younger than the first release: an older file lacks them and means their defaults."""
+
+
 def encode_method(method: Method | Baseline) -> dict[str, Any]:
     """The method's class name and hyperparameters as plain JSON.
 
@@ -51,8 +55,9 @@ def decode_method(found: Any, known: Sequence[type[Method]]) -> Method:
             f"the adapter's method is {name!r}; known are {', '.join(types)}. Pass its class: methods=[...]."
         )
     names = {entry.name for entry in dataclasses.fields(cls) if entry.init}
-    if not isinstance(given, dict) or set(given) != names:
-        odd = sorted(names ^ set(given)) if isinstance(given, dict) else [repr(given)]
+    later = ADDED.get(name, frozenset())
+    if not isinstance(given, dict) or not names - later <= set(given) <= names:
+        odd = sorted((names ^ set(given)) - later) if isinstance(given, dict) else [repr(given)]
         raise FormatError(f"{name} takes other hyperparameters than were saved: {', '.join(odd)}.")
     hints = get_type_hints(cls)
     values = {key: _typed(f"{name}.{key}", value, hints[key]) for key, value in given.items()}
