@@ -70,7 +70,7 @@ def _add_method(train: argparse.ArgumentParser) -> None:
     method.add_argument(
         "--set", dest="hyperparameters", nargs="+", action="extend", metavar="NAME=VALUE", help="its hyperparameters"
     )
-    method.add_argument("--targets", nargs="+", metavar="TARGET", help="roles or names (default: query key value ffn)")
+    method.add_argument("--targets", nargs="+", metavar="TARGET", help="roles or names (default: attention ffn)")
     method.add_argument("--exclude", nargs="+", metavar="TARGET", help="of these")
 
 
@@ -81,7 +81,7 @@ def _add_training(train: argparse.ArgumentParser) -> None:
     loop.add_argument("--batch", type=int, help="rows of a batch (default: 32)")
     loop.add_argument("--accumulate", type=int, metavar="N", help="batches of an optimizer step (default: 1)")
     loop.add_argument("--lr", type=float, help="learning rate (default: the method's)")
-    loop.add_argument("--head-lr", type=float, metavar="LR", help="of what is new in the model (default: 0.001)")
+    loop.add_argument("--head-lr", type=float, metavar="LR", help="of what is new in the model (default: 0.003)")
     loop.add_argument("--weight-decay", type=float, metavar="DECAY", help="(default: the method's)")
     loop.add_argument("--warmup", type=float, metavar="SHARE", help="of the steps (default: 0.06)")
     loop.add_argument("--clip", type=float, metavar="NORM", help="of the gradient; 0 clips nothing (default: 1)")

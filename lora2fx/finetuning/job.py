@@ -77,9 +77,11 @@ def _check_repeated(given: Mapping[str, Any], settings: Settings) -> None:
     stored = settings.to_dict()
     for name, value in given.items():
         if value != stored[name]:
+            option = f"--{name.replace('_', '-')}"
+            was = f"without {option}" if stored[name] is None else f"with {option} {stored[name]}, not {value}"
             raise RunError(
-                f"this run was started with --{name.replace('_', '-')} {stored[name]}, not {value}. A resumed run keeps"
-                " its settings: leave the option out, or start a new run with another --out."
+                f"this run was started {was}. A resumed run keeps its settings: leave the option out, or start a new"
+                " run with another --out."
             )
 
 

@@ -46,7 +46,9 @@ RECIPES = {
     "houlsby": Recipe(Houlsby, 1e-3, folds=False),
 }
 """Rates and the first two methods' ranks: those that worked best on GLUE tasks with a MiniLM of 23 M parameters."""
-HEAD_RATE = 1e-3
+HEAD_RATE = 3e-3
+TARGETS = ("attention", "ffn")
+"""What an adapter is put on where nothing is said: output projections too."""
 
 
 def read_values(given: list[str]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from torch import nn
 from lora2fx.compiler import transform
 from lora2fx.errors import RunError
 from lora2fx.finetuning.choices import TASKS
-from lora2fx.finetuning.methods import default_rate, make_method
+from lora2fx.finetuning.methods import TARGETS, default_rate, make_method
 from lora2fx.finetuning.models import load_model, load_tokenizer, longest
 from lora2fx.finetuning.reading import Tables, quiet_datasets, read_tables
 from lora2fx.finetuning.settings import Settings
@@ -56,7 +57,7 @@ class Prepared:
         settings = self.settings
         transform(
             self.model,
-            list(settings.targets) or None,
+            list(settings.targets) or (None if isinstance(self.method, Baseline) else list(TARGETS)),
             self.method,
             exclude=list(settings.exclude),
             modules_to_save=[path for path in self.fresh if path],
@@ -101,8 +102,6 @@ def prepare(settings: Settings, out: Path, say: Say) -> Prepared:
 
 
 def _check_loggers(settings: Settings) -> None:
-    from importlib.util import find_spec
-
     known = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}
     for name in settings.log_to:
         if not any(find_spec(package) for package in known[name]):

@@ -53,7 +53,6 @@ def training_arguments(settings: Settings, out: Path, task: Task, rate: float) -
         save_steps=SAVES,
         save_total_limit=2,
         prediction_loss_only=not task.scores,
-        train_sampling_strategy="group_by_length",
         seed=settings.seed,
         bf16=settings.bf16,
         **{_recomputing(): settings.checkpointing},
