@@ -16,6 +16,7 @@ from lora2fx.html.page import section
 
 LEFT_OUT = ("log_to", "cpu")
 """Settings that say nothing about a result."""
+LAST = ("steps", "seconds", "status")
 
 
 def read_runs(folders: Sequence[Path]) -> dict[str, dict[str, Any]]:
@@ -42,7 +43,7 @@ def compare_runs(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, A
     keys = dict.fromkeys(key for settings in asked.values() for key in settings)
     differs = [key for key in keys if len({repr(settings.get(key)) for settings in asked.values()}) > 1]
     rows = {name: _row(record, [key for key in differs if key not in LEFT_OUT]) for name, record in runs.items()}
-    columns = dict.fromkeys(key for row in rows.values() for key in row)
+    columns = dict.fromkeys([*(key for row in rows.values() for key in row if key not in LAST), *LAST])
     return {name: {key: row.get(key) for key in columns} for name, row in rows.items()}
 
 
@@ -56,8 +57,9 @@ def comparison_table(rows: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], 
 def comparison_page(runs: Mapping[str, Mapping[str, Any]]) -> str:
     """The comparison as a page."""
     header, lines = comparison_table(compare_runs(runs))
+    top = max((site["rank"] or 0 for record in runs.values() for site in record["sites"]), default=0)
     maps = "".join(
-        f"<figure><figcaption>{escape(name)}</figcaption>{render_heat_map(record['sites'])}</figure>"
+        f"<figure><figcaption>{escape(name)}</figcaption>{render_heat_map(record['sites'], top=top)}</figure>"
         for name, record in runs.items()
         if any(site["rank"] is not None for site in record["sites"])
     )

@@ -66,17 +66,18 @@ def anchor(site: Mapping[str, Any]) -> str:
     return "site-" + re.sub(r"[^A-Za-z0-9]+", "-", f"{site['weight']} {site['role']}").strip("-")
 
 
-def render_heat_map(sites: Sequence[Mapping[str, Any]], linked: bool = False) -> str:
+def render_heat_map(sites: Sequence[Mapping[str, Any]], linked: bool = False, top: int | None = None) -> str:
     """The ranks of a report's `sites` as an SVG, layer by weight; hovering a cell names it and lists λ and importance.
 
-    `linked` has each cell lead to the site's row in the page's table.
+    `linked` has each cell lead to the site's row in the page's table; `top` is the rank of the full colour, by default
+    the largest.
     """
     rows, columns, cells = heat_cells(sites)
-    top = max((site["rank"] for site in cells.values()), default=0)
+    most = max((site["rank"] for site in cells.values()), default=0) if top is None else top
     label = max([LABEL, *(7 * len(row) + 14 for row in rows)])
     pitch = CELL + GAP
     width, height = label + pitch * len(columns), pitch * (len(rows) + 1)
-    parts = [_cell(label + pitch * x, pitch * y, site, top, linked) for (y, x), site in cells.items()]
+    parts = [_cell(label + pitch * x, pitch * y, site, most, linked) for (y, x), site in cells.items()]
     for y, row in enumerate(rows):
         parts.append(f'<text x="{label - 10}" y="{pitch * y + 21}" text-anchor="end">{escape(row)}</text>')
     for x, column in enumerate(columns):
