@@ -18,6 +18,11 @@ def _sharded(tensor: Tensor) -> Any | None:
     return module if module is not None and isinstance(tensor, module.DTensor) else None
 
 
+def is_spread(tensor: Tensor) -> bool:
+    """Whether the tensor is a DTensor."""
+    return _sharded(tensor) is not None
+
+
 def whole(tensor: Tensor) -> Tensor:
     """The whole tensor on every worker; differentiable."""
     if _sharded(tensor) is None:

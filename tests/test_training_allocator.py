@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from lora2fx.errors import MethodError, ScheduleError
 from lora2fx.methods.adalora import AdaLoRA
 from lora2fx.methods.lora2 import LoRA2
-from lora2fx.training.allocator import keep_highest, write_allocation
+from lora2fx.training.allocator import keep_highest, write_allocations
 from lora2fx.training.driver import Attachment
 from lora2fx.training.slots import Step
 from tests.adapted import linear_site
@@ -103,7 +103,7 @@ def test_gradient_reaches_a_zeroed_value_but_not_a_masked_one():
     with torch.no_grad():
         adapter.lam.fill_(1.0)
     for final, reaches in ((False, True), (True, False)):
-        write_allocation(adapter.axes()["lambda"], keep, final)
+        write_allocations([adapter.axes()["lambda"]], [keep], final)
         adapter.zero_grad()
         adapter.delta().square().sum().add(adapter.delta().sum()).backward()
         assert (adapter.lam.grad[~keep] != 0).all() == reaches

@@ -25,32 +25,47 @@ Scope = Literal["global", "local"]
 SCOPES = ("global", "local")
 
 
-def keep_highest(scores: Sequence[Tensor], budget: int) -> list[Tensor]:
+def keep_highest(scores: Sequence[Tensor], budget: int, living: Sequence[Tensor] | None = None) -> list[Tensor]:
     """A bool mask for each score tensor; together they keep exactly `budget` entries, the highest.
 
     Of equal scores the later one is kept (a stable sort, tensors in order). A budget above the number of entries
-    keeps all of them, one below 0 none.
+    keeps all of them, one below 0 none. What is not `living`, as the forward masks it, comes last: it can't earn
+    importance any more, and must not take a living entry's place.
     """
     device = scores[0].device
     flat = torch.cat([score.to(device, scores[0].dtype) for score in scores])
+    if living is not None:
+        flat = flat.masked_fill(~torch.cat([mask.to(device) for mask in living]), -torch.inf)
     dropped = flat.argsort(stable=True)[: max(0, flat.numel() - max(0, budget))]
     keep = torch.ones_like(flat, dtype=torch.bool).index_fill_(0, dropped, False)
     parts = torch.split(keep, [score.numel() for score in scores])
     return [part.to(score.device) for part, score in zip(parts, scores, strict=True)]
 
 
-@torch.no_grad()
-def write_allocation(axis: Axis, keep: Tensor, final: bool) -> None:
-    """Record the allocation, and make it take effect.
+def _as(model: Tensor, keeps: Sequence[Tensor]) -> list[Tensor]:
+    """The masks as numbers of the model's dtype, in one conversion where they are on one device."""
+    if len({keep.device for keep in keeps}) > 1:
+        return [keep.to(model.dtype) for keep in keeps]
+    return list(torch.cat(list(keeps)).to(model.dtype).split([keep.numel() for keep in keeps]))
 
-    Where the axis has a value, the pruned entries of that value become 0 and may grow back; only the `final`
+
+@torch.no_grad()
+def write_allocations(axes: Sequence[Axis], keeps: Sequence[Tensor], final: bool) -> None:
+    """Record the allocation of each axis, and make it take effect.
+
+    Where an axis has a value, the pruned entries of that value become 0 and may grow back; only the `final`
     allocation goes into the mask. Where it has none, every allocation does.
     """
-    axis.keep.copy_(keep)
-    if axis.value is not None:
-        axis.value.mul_(like(keep.to(axis.value.dtype), axis.value))
-    if final or axis.value is None:
-        axis.mask.copy_(keep)
+    kept = list(keeps)
+    torch._foreach_copy_([axis.keep for axis in axes], kept)
+    pairs = [(axis.value, keep) for axis, keep in zip(axes, kept, strict=True) if axis.value is not None]
+    if pairs:
+        values = [value for value, _ in pairs]
+        own = _as(values[0], [keep for _, keep in pairs])
+        torch._foreach_mul_(values, [like(keep, value) for keep, value in zip(own, values, strict=True)])
+    masks = [(axis.mask, keep) for axis, keep in zip(axes, kept, strict=True) if final or axis.value is None]
+    if masks:
+        torch._foreach_copy_([mask for mask, _ in masks], [keep for _, keep in masks])
 
 
 @dataclass(frozen=True)
@@ -114,9 +129,8 @@ class BudgetAllocator:
 
     def finish(self, adapters: Sequence[Adapter]) -> None:
         """The last allocation, for good: what may have grown back since is 0 again."""
-        for adapter in adapters:
-            axis = adapter.axes()[self.axis]
-            write_allocation(axis, axis.keep, final=True)
+        axes = [adapter.axes()[self.axis] for adapter in adapters]
+        write_allocations(axes, [axis.keep.clone() for axis in axes], final=True)
 
     def _pools(self, adapters: Sequence[Adapter]) -> list[Sequence[Adapter]]:
         """The adapters that share a budget."""
@@ -133,12 +147,8 @@ class BudgetAllocator:
 
     def _allocate(self, pool: Sequence[Adapter], budget: int, final: bool, optimizer: Optimizer | None = None) -> None:
         axes = [adapter.axes()[self.axis] for adapter in pool]
-        scores = [
-            # What the forward masks can't earn importance any more: it must not take a living entry's place.
-            score.masked_fill(~axis.mask, -torch.inf)
-            for score, axis in zip(self.score(pool, self.axis), axes, strict=True)
-        ]
-        for axis, keep in zip(axes, keep_highest(scores, budget), strict=True):
-            write_allocation(axis, keep, final)
-            if self.reset_moments and axis.value is not None:
+        keeps = keep_highest(self.score(pool, self.axis), budget, [axis.mask for axis in axes])
+        write_allocations(axes, keeps, final)
+        for axis, keep in zip(axes, keeps, strict=True) if self.reset_moments else ():
+            if axis.value is not None:
                 clear_moments(optimizer, axis.value, -1, keep)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lora2fx.sharding import whole
+from lora2fx.sharding import is_spread, whole
 
 
 def loss_scale(optimizer: Optimizer) -> Tensor | None:
@@ -18,22 +18,35 @@ def loss_scale(optimizer: Optimizer) -> Tensor | None:
     return scale
 
 
-def _largest(gradients: Sequence[Tensor]) -> list[Tensor]:
-    """The largest magnitude of each device's gradients, NaN where one is."""
-    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
+def _grouped(gradients: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Those with values, by device, dtype and layout."""
+    groups: dict[tuple[object, ...], list[Tensor]] = defaultdict(list)
     for gradient in gradients:
         values = gradient.coalesce().values() if gradient.is_sparse else gradient
         if values.numel():
-            groups[(values.device, values.dtype)].append(values)
-    norms = [torch._foreach_norm(group, float("inf")) for group in groups.values()]
-    return [torch.stack([whole(norm) for norm in group]).amax() for group in norms]
+            groups[values.device, values.dtype, is_spread(values)].append(values)
+    return list(groups.values())
+
+
+def _is_bad(group: list[Tensor]) -> Tensor:
+    """Whether any is NaN or infinite; in one pass without a copy, where no other process holds a part."""
+    if is_spread(group[0]):
+        return ~_largest(group).isfinite()
+    found, one = (torch.full((), value, dtype=torch.float32, device=group[0].device) for value in (0.0, 1.0))
+    torch._amp_foreach_non_finite_check_and_unscale_(group, found, one)  # times 1: nothing is written
+    return found > 0
+
+
+def _largest(group: list[Tensor]) -> Tensor:
+    """The largest magnitude, NaN where one is."""
+    return torch.stack([whole(norm) for norm in torch._foreach_norm(group, float("inf"))]).amax()
 
 
 @torch.no_grad()
 def read_step(parameters: Sequence[Tensor], optimizer: Optimizer, progress: Tensor) -> tuple[bool, list[int]]:
     """Whether any gradient is NaN or infinite, and the adapter's progress, in one read of the device."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    bad = [~largest.isfinite() for largest in _largest(gradients)]
+    bad = [_is_bad(group) for group in _grouped(gradients)]
     overflow: Tensor | None = getattr(optimizer, "found_inf", None)
     if overflow is not None:
         bad.append(overflow.reshape(()) > 0)
@@ -51,7 +64,7 @@ def is_initialisation(parameters: Sequence[Tensor], optimizer: Optimizer) -> boo
     if any(float(group.get("lr", 1.0)) != 0 for group in optimizer.param_groups):
         return False
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    return all(float(largest) == 0 for largest in _largest(gradients))
+    return all(float(_largest(group)) == 0 for group in _grouped(gradients))
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -15,14 +16,20 @@ from lora2fx.training.slots import Step
 
 def averages(adapter: Adapter, name: str) -> tuple[Tensor, Tensor]:
     """The two moving averages of a tracked parameter: sensitivity and uncertainty."""
-    return getattr(adapter, f"{name}_sensitivity"), getattr(adapter, f"{name}_uncertainty")
+    held = adapter._buffers  # as getattr gives them, which takes four times as long
+    sensitivity, uncertainty = held[f"{name}_sensitivity"], held[f"{name}_uncertainty"]
+    assert sensitivity is not None
+    assert uncertainty is not None
+    return sensitivity, uncertainty
 
 
-def _alike(tensors: Sequence[Tensor]) -> Iterable[list[int]]:
-    """Indices of tensors that can be stacked."""
-    groups: dict[tuple[torch.Size, torch.device, torch.dtype], list[int]] = defaultdict(list)
-    for index, tensor in enumerate(tensors):
-        groups[tensor.shape, tensor.device, tensor.dtype].append(index)
+def _alike(adapters: Sequence[Adapter], names: Sequence[str]) -> Iterable[list[int]]:
+    """Indices of adapters whose averages of these parameters can be stacked."""
+    groups: dict[tuple[object, ...], list[int]] = defaultdict(list)
+    for index, adapter in enumerate(adapters):
+        first = averages(adapter, names[0])[0]
+        shapes = tuple(averages(adapter, name)[0].shape for name in names)
+        groups[(first.device, first.dtype, *shapes)].append(index)
     return groups.values()
 
 
@@ -39,34 +46,32 @@ def update_averages(adapters: Sequence[Adapter], names: Sequence[str], step: Ste
     sensitivity, uncertainty = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
     products = torch._foreach_mul([whole(p) for p in parameters], [whole(step.gradient(p)) for p in parameters])
     torch._foreach_abs_(products)
-    torch._foreach_mul_(sensitivity, beta1)
-    torch._foreach_add_(sensitivity, products, alpha=1 - beta1)
+    torch._foreach_lerp_(sensitivity, products, 1 - beta1)
     torch._foreach_sub_(products, sensitivity)
     torch._foreach_abs_(products)
-    torch._foreach_mul_(uncertainty, beta2)
-    torch._foreach_add_(uncertainty, products, alpha=1 - beta2)
+    torch._foreach_lerp_(uncertainty, products, 1 - beta2)
 
 
-def _reduced(scores: Sequence[Tensor], dim: int, mean: bool) -> list[Tensor]:
-    """Each tensor's mean or sum over every dimension but `dim`, which is negative; tensors of one shape together."""
-    means: list[Tensor] = [scores[0]] * len(scores)
-    for group in _alike(scores):
-        stack = torch.stack([scores[index] for index in group])
-        others = [axis for axis in range(1, stack.dim()) if axis != stack.dim() + dim]
-        rows = (stack.mean(others) if mean else stack.sum(others)) if others else stack
-        for index, row in zip(group, rows.unbind(), strict=True):
-            means[index] = row
-    return means
+def _reduced(stack: Tensor, dim: int, mean: bool) -> Tensor:
+    """(n, entries): the mean or sum over every dimension but the first and `dim`, which is negative."""
+    others = [axis for axis in range(1, stack.dim()) if axis != stack.dim() + dim]
+    if not others:
+        return stack
+    return stack.mean(others) if mean else stack.sum(others)
 
 
 def _entries(adapters: Sequence[Adapter], axis: str, mean: bool) -> list[Tensor]:
-    total: list[Tensor] = []
-    for name, dim in adapters[0].axes()[axis].scored:
-        pairs = [averages(adapter, name) for adapter in adapters]
-        products = torch._foreach_mul([pair[0] for pair in pairs], [pair[1] for pair in pairs])
-        reduced = _reduced(products, dim, mean)
-        total = [a + b for a, b in zip(total, reduced, strict=True)] if total else reduced
-    return total
+    """Adapters whose factors have the same shapes are scored together."""
+    scored = adapters[0].axes()[axis].scored
+    found = [torch.empty(0)] * len(adapters)
+    for group in _alike(adapters, [name for name, _ in scored]):
+        parts = []
+        for name, dim in scored:
+            first, second = zip(*(averages(adapters[index], name) for index in group), strict=True)
+            parts.append(_reduced(torch.stack(first) * torch.stack(second), dim, mean))
+        for index, row in zip(group, reduce(torch.add, parts).unbind(), strict=True):
+            found[index] = row
+    return found
 
 
 @torch.no_grad()

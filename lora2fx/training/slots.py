@@ -42,7 +42,7 @@ class Step:
     def gradient(self, parameter: Tensor) -> Tensor:
         """The gradient that scores read, like the parameter; a missing one is zero."""
         gradient = self.snapshot.get(id(parameter), parameter.grad)
-        return torch.zeros_like(parameter) if gradient is None else gradient.detach()
+        return torch.zeros_like(parameter) if gradient is None else gradient
 
     def group(self, parameter: Tensor) -> Mapping[str, Any]:
         """The optimizer's group that holds the parameter: its learning rate, weight decay, ... in this step."""
