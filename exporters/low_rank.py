@@ -52,7 +52,10 @@ def low_rank(adapters: Sequence[Adapter]) -> LowRank:
     top = values[0] if values.numel() else values.new_zeros(())
     kept = int((values > TOLERANCE * top).sum())
     root = values[:kept].sqrt()
-    return LowRank(((q_left @ u[:, :kept]) * root).mT.contiguous(), (q_right @ vh[:kept].mT) * root)
+    a = ((q_left @ u[:, :kept]) * root).mT.contiguous()
+    if adapters[0].padding is not None:
+        a[:, adapters[0].padding.cpu()] = 0  # what the two decompositions leave there is rounding
+    return LowRank(a, (q_right @ vh[:kept].mT) * root)
 
 
 def _planes(adapter: Adapter) -> tuple[Tensor, Tensor]:

@@ -24,18 +24,20 @@ class Layer:
     update: LowRank
     transposed: bool
     kernel: tuple[int, ...]
+    embedding: bool = False
 
     def tensors(self, rank: int) -> dict[str, Tensor]:
-        """PEFT's two tensors of that rank: lora_A (rank, in, *kernel) and lora_B (out, rank, 1, ...), float32."""
+        """PEFT's two tensors of that rank: lora_A (rank, in, *kernel) and lora_B (out, rank, 1, ...), float32.
+
+        An embedding's are lora_embedding_A (rank, rows) and lora_embedding_B (out, rank).
+        """
         update = self.update.padded(rank)
         ones = (1,) * len(self.kernel)
         a = update.a.reshape(rank, -1, *self.kernel)
         b = update.b.reshape(-1, rank, *ones)
-        prefix = f"base_model.model.{self.path}"
-        return {
-            f"{prefix}.lora_A.weight": a.float().contiguous(),
-            f"{prefix}.lora_B.weight": b.float().contiguous(),
-        }
+        names = ("lora_embedding_A", "lora_embedding_B") if self.embedding else ("lora_A.weight", "lora_B.weight")
+        factors = zip(names, (a, b), strict=True)
+        return {f"base_model.model.{self.path}.{name}": value.float().contiguous() for name, value in factors}
 
 
 def peft_layers(program: Program, runs: bool) -> list[Layer]:
@@ -64,9 +66,9 @@ def peft_layers(program: Program, runs: bool) -> list[Layer]:
 
 
 def _layer(root: nn.Module, adapters: list[Adapter]) -> Layer:
-    site = adapters[0].site
-    kernel = site.shape[2:] if issubclass(_class(root, adapters[0]), _CONVOLUTIONS) else ()
-    return Layer(site.owner, low_rank(adapters), site.layout.contracted == (0,), kernel)
+    site, cls = adapters[0].site, _class(root, adapters[0])
+    kernel = site.shape[2:] if issubclass(cls, _CONVOLUTIONS) else ()
+    return Layer(site.owner, low_rank(adapters), _is_conv1d(cls), kernel, cls is nn.Embedding)
 
 
 def _class(root: nn.Module, adapter: Adapter) -> type[nn.Module]:
@@ -79,14 +81,17 @@ def _reason(root: nn.Module, adapter: Adapter, runs: bool) -> str | None:
     site, cls = adapter.site, _class(root, adapter)
     if not site.owner:
         return "the model itself owns it"
-    if site.parameter != "weight" or not (cls is nn.Linear or _is_conv1d(cls) or cls in _CONVOLUTIONS):
+    known = cls in (nn.Linear, nn.Embedding, *_CONVOLUTIONS) or _is_conv1d(cls)
+    if site.parameter != "weight" or not known:
         return f"parameter {site.parameter!r} of a {cls.__name__}"
     if adapter.rewrite == "property" and not runs:
         return "it may be read from outside its module, which only example_inputs= can tell"
     owner = root.get_submodule(site.owner)
     if getattr(owner, "groups", 1) != 1:
         return f"a {cls.__name__} of {owner.groups} groups"
-    expected = Layout((0,), (1,)) if _is_conv1d(cls) else Layout(tuple(range(1, len(site.shape))), (0,))
+    expected = (
+        Layout((0,), (1,)) if _is_conv1d(cls) or cls is nn.Embedding else Layout(tuple(range(1, len(site.shape))), (0,))
+    )
     return None if site.layout == expected else f"multiplied along dimensions {site.layout.contracted}"
 
 

@@ -31,7 +31,7 @@ def read_back(base: nn.Module, folder: Path, written: Mapping[str, Tensor]) -> A
         with warnings.catch_warnings(), preserved_generators():  # PEFT draws factors before it loads them
             warnings.simplefilter("ignore")  # about keys, which are compared below, and about Conv1D's orientation
             loaded = peft.PeftModel.from_pretrained(base, str(folder)).eval()
-            found = peft.get_peft_model_state_dict(loaded)
+            found = peft.get_peft_model_state_dict(loaded, save_embedding_layers=False)
     except Exception as error:  # PEFT raises many types
         raise ExportError(
             f"PEFT can't load what was written for it: {first_line(error)}. Nothing was written."

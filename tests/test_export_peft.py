@@ -149,6 +149,27 @@ def test_convolutions_keep_their_kernel(tmp_path):
     assert shapes(tmp_path / "a")["base_model.model.stem.lora_B.weight"] == (16, 3, 1, 1)
 
 
+@pytest.mark.parametrize("layout", ["uniform", "compact"])
+def test_embeddings_have_tensors_of_their_own_and_a_tie_parts_in_peft_too(tmp_path, layout):
+    pytest.importorskip("transformers")
+    model = ZOO["gpt2"].build().eval()
+    lora2fx.transform(model, ["transformer.wte", "c_fc"], lora2fx.LoRA(r=2), untie=True, seed=0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora2fx_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)) * 0.2)
+    export_peft(model, tmp_path / "a", layout)
+    found = shapes(tmp_path / "a")
+    rows, width = model.transformer.wte.weight.shape
+    assert found["base_model.model.transformer.wte.lora_embedding_A"] == (2, rows)
+    assert found["base_model.model.transformer.wte.lora_embedding_B"] == (width, 2)
+    assert not [name for name in found if "base_layer" in name]
+    ids = torch.arange(8).reshape(2, 4)
+    with torch.no_grad():
+        theirs = loaded(ZOO["gpt2"].build().eval(), tmp_path / "a")(input_ids=ids).logits
+        torch.testing.assert_close(theirs, model(input_ids=ids).logits, atol=5e-6, rtol=0)
+
+
 def test_heads_that_were_trained_go_along(tmp_path):
     pytest.importorskip("transformers")
     model = ZOO["bert"].build()
