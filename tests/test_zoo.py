@@ -21,7 +21,8 @@ WITHOUT_SDPA = {
     *("vit_plain", "einsum", "timm_vit", "unet", "unprojected_query"),  # softmax written out
     *("mha", "mha_cross", "encoder", "decoder"),  # torch's own modules hide the call from a function mode
     *("mixer", "lstm", "branching", "two_tower", "graph", "squeeze_excite", "dense_tanh_dense"),  # no attention
-    *("convnext", "mamba", "fnet"),
+    *("convnext", "mamba", "fnet", "rwkv", "gmlp", "up_first"),
+    *("switch", "gpt_oss", "gemma2", "openai_gpt", "mpnet", "squeezebert", "timesformer"),
     *("deberta_v2", "deberta_v2_separate", "bloom", "longformer", "xlnet", "mpt", "gptj", "codegen", "gpt_neo", "blip"),
 }
 
