@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
-from lora2fx.errors import AdapterError
+from lora2fx.errors import AdapterError, Lora2fxWarning
 from lora2fx.integrations.accelerate import attach
 from lora2fx.training.logs import log_values
 from tests.loops import MICRO, ROWS, STEPS, Setting, adapted, forget, rows, scaler, state, trained
@@ -87,4 +87,12 @@ def test_deepspeed_is_refused(monkeypatch):
     accelerator, model, optimizer, _ = prepared()
     monkeypatch.setattr(type(accelerator), "distributed_type", "DEEPSPEED")
     with pytest.raises(AdapterError, match=r"started with DeepSpeed.*FSDP2"):
+        attach(accelerator, model, optimizer, STEPS)
+
+
+def test_fsdp_that_is_plain_ddp_is_told(monkeypatch):
+    """`accelerate launch --use_fsdp` on CPUs: no sharding, and no word of it."""
+    accelerator, model, optimizer, _ = prepared()
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.warns(Lora2fxWarning, match="FSDP was asked for, and accelerate runs NO here"):
         attach(accelerator, model, optimizer, STEPS)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import re
+import sys
 import warnings
+from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -11,6 +15,7 @@ from transformers.trainer_callback import TrainerCallback
 
 import lora2fx
 from lora2fx.errors import AdapterError, Lora2fxWarning, ScheduleError
+from lora2fx.integrations.pages import write_page
 from lora2fx.integrations.transformers import attach, ignores_loss_scaling
 from tests.loops import METHOD, STEPS, Setting, adapted, arguments, forget, rows, state, trained
 
@@ -210,6 +215,75 @@ def test_deepspeed_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(type(trainer.accelerator), "distributed_type", "DEEPSPEED")
     with pytest.raises(AdapterError, match=r"DeepSpeed.*FSDP2 \(fsdp_version: 2\)"):
         trainer.callback_handler.callbacks[0].on_train_begin(trainer.args, trainer.state, trainer.control, None)
+
+
+def test_fsdp_that_is_plain_ddp_is_told(tmp_path):
+    """What transformers and accelerate do on CPUs, pinned: no sharding, and no word of it."""
+    trainer = trainer_of(tmp_path)
+    trainer.args.fsdp = True  # one process refuses it; two run DDP
+    assert not trainer.is_fsdp_enabled
+    attach(trainer)
+    with pytest.warns(Lora2fxWarning, match=r"FSDP was asked for, and accelerate runs NO here.*fully_shard"):
+        trainer.train()
+
+
+# --- the page in the end
+
+
+def test_the_page_shows_the_ranks_and_the_log(tmp_path):
+    trainer = trainer_of(tmp_path, logging_strategy="steps", logging_steps=3)
+    attach(trainer)
+    trainer.train()
+    page = (tmp_path / "lora2fx.html").read_text()
+    report = lora2fx.report(trainer.model)
+    ranks = [site["rank"] for site in report.sites if site["rank"] is not None]
+    assert re.findall(r'text-anchor="middle"(?: class="strong")?>([0-9]+)</text></g>', page) == list(map(str, ranks))
+    for caption in ("Entries of the axis lambda", "Importance of what is left of columns", "Regulariser"):
+        assert caption in page
+    assert "kept: 4 at step 12" in page
+
+
+def test_a_page_that_cannot_be_written_does_not_end_the_run(tmp_path):
+    trainer = trainer_of(tmp_path)
+    (tmp_path / "lora2fx.html").mkdir()
+    callback = attach(trainer)
+    with pytest.warns(Lora2fxWarning, match=r"lora2fx\.html could not be written.*Training is done"):
+        trainer.train()
+    assert callback.attachment.step == STEPS
+
+
+def test_no_page_where_none_is_wanted_and_one_at_any_time(tmp_path):
+    trainer = trainer_of(tmp_path)
+    attach(trainer, page=None)
+    trainer.train()
+    assert not (tmp_path / "lora2fx.html").exists()
+    write_page(trainer.model, tmp_path / "sub" / "now.html", trainer.state.log_history)
+    assert "Rank of ΔW, layer by weight" in (tmp_path / "sub" / "now.html").read_text()
+
+
+def test_tensorboards_own_callback_writes_the_numbers(tmp_path, monkeypatch):
+    """transformers' callback with a writer that remembers: scalars under train/, at the Trainer's steps."""
+    from transformers.integrations import integration_utils
+
+    class Writer:
+        scalars: ClassVar = []
+
+        def add_scalar(self, name, value, step):
+            self.scalars.append((name, value, step))
+
+        def __getattr__(self, name):
+            return lambda *given: None
+
+    monkeypatch.setattr(integration_utils, "is_tensorboard_available", lambda: True)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=None))
+    trainer = trainer_of(tmp_path, logging_strategy="steps", logging_steps=6)
+    trainer.add_callback(integration_utils.TensorBoardCallback(Writer()))
+    attach(trainer)
+    trainer.train()
+    found = {(name, step): value for name, value, step in Writer.scalars}
+    assert found["train/lora2fx/lambda_active", 12] == found["train/lora2fx/lambda_budget", 12] == 4
+    for name in ("penalty", "skipped_steps", "columns_importance_q50", "columns_active", "steps"):
+        assert ("train/lora2fx/" + name, 12) in found
 
 
 # --- the loss that is not divided

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
+from warnings import warn
 
 from torch import nn, optim
 
 from lora2fx.attachment import attach as attach_optimizer
-from lora2fx.errors import AdapterError
+from lora2fx.errors import AdapterError, Lora2fxWarning
 from lora2fx.training.ablation import Evaluate
 from lora2fx.training.driver import Attachment
 
@@ -27,9 +29,11 @@ def attach(
     `total_steps` counts optimizer steps of one process: batches of one process divided by the accumulation steps.
     Log with `accelerator.log(log_values(attachment), step)` (`lora2fx.training.logs`). `accelerator.save_state` and
     `load_state` hold all that a resumed run needs. `evaluate` is ALoRA's (see `Attachment`).
-    Raises what `lora2fx.attach` raises, and `AdapterError` under DeepSpeed.
+    Raises what `lora2fx.attach` raises, and `AdapterError` under DeepSpeed. Warns where FSDP was asked for and isn't
+    what runs.
     """
     refuse_deepspeed(accelerator)
+    warn_of_replicas(accelerator, os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true")
     attachment = attach_optimizer(model, optimizer, total_steps, accelerator.scaler)
     attachment.evaluate = evaluate
     return attachment
@@ -41,4 +45,15 @@ def refuse_deepspeed(accelerator: Accelerator) -> None:
         raise AdapterError(
             "accelerate was started with DeepSpeed, whose engine steps flat copies of the parameters: no adapter can be"
             " scored there. Start it with FSDP2 (fsdp_version: 2) or plain multi-GPU."
+        )
+
+
+def warn_of_replicas(accelerator: Accelerator, asked: bool) -> None:
+    """Warn where FSDP was `asked` for and accelerate runs plain DDP instead, as it does on CPUs without a word."""
+    if asked and accelerator.distributed_type != "FSDP":
+        warn(
+            f"FSDP was asked for, and accelerate runs {accelerator.distributed_type.value} here, without a word: every"
+            " process holds the whole model. On CPUs shard it yourself with fully_shard (docs/training.md).",
+            Lora2fxWarning,
+            stacklevel=3,
         )

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from lora2fx.attachment import attach as attach_optimizer
 from lora2fx.errors import AdapterError, Lora2fxWarning
-from lora2fx.integrations.accelerate import refuse_deepspeed
+from lora2fx.integrations.accelerate import refuse_deepspeed, warn_of_replicas
 from lora2fx.integrations.pages import adapters_page, write_text
 from lora2fx.integrations.position import check_position
 from lora2fx.program import program_of
@@ -41,6 +41,7 @@ class TrainerAttachment:
         self._detach()
         accelerator = self.trainer.accelerator
         refuse_deepspeed(accelerator)
+        warn_of_replicas(accelerator, bool(args.fsdp))
         attached = attach_optimizer(self.trainer.model, optimizer, state.max_steps, accelerator.scaler)
         attached.evaluate = self.evaluate
         check_position(attached, "the Trainer", state.global_step, "train(resume_from_checkpoint=...)")
@@ -89,7 +90,8 @@ def attach(trainer: Trainer, evaluate: Evaluate | None = None, page: str | None 
     `page`, in the Trainer's output folder, shows the ranks as a heat map, and the log as charts; None writes none.
 
     Raises `AdapterError` (no adapters, attached already); what `lora2fx.attach` raises comes when training begins.
-    Warns where the model ignores the Trainer's loss scaling under gradient accumulation.
+    Warns where the model ignores the Trainer's loss scaling under gradient accumulation, and where FSDP was asked for
+    and isn't what runs.
     """
     from transformers import TrainerCallback
 
