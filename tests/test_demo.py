@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from lora2fx.demo.job import QUICK, run_demo
 from lora2fx.demo.measuring import differences, latencies
 from lora2fx.demo.tables import demo_tables, format_demo, plain_parameters
 from lora2fx.demo.transformer import Attention, VisionTransformer
+from lora2fx.demo.tuning import candidates, tune_seed
 from lora2fx.errors import Lora2fxError
 
 
@@ -198,6 +201,49 @@ def test_several_seeds_are_a_mean_and_a_standard_deviation(run: dict[str, Any]) 
     line = demo_tables({**run, "results": twice})["tables"]["Adapting to new digits"]["rows"][1]
     first = run["results"][1]["accuracy"]
     assert line[1] == f"{first + 0.1:.3f} ± {0.2 / 2**0.5:.3f}"
+
+
+def test_differences_are_seed_by_seed(run: dict[str, Any]) -> None:
+    results = [
+        {**result, "seed": seed, "accuracy": 0.5 + 0.1 * seed + (gain if result["method"] == "LoRA²" else 0.0)}
+        for seed, gain in ((0, 0.02), (1, 0.04))
+        for result in run["results"]
+    ]
+    lines = demo_tables({**run, "results": results})["tables"]["Adapting to new digits"]["rows"]
+    assert [line[2] for line in lines] == ["+0.000 ± 0.000", "+0.000 ± 0.000", "–", "+0.030 ± 0.010"]
+
+
+@pytest.mark.parametrize("share", [1.0, 0.1])
+def test_the_core_learns_at_its_share_of_the_adapters_rate(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[float, int] = {}
+
+    def spy(model: nn.Module, optimizer: Any, *rest: Any) -> None:
+        for group in optimizer.param_groups:
+            seen[group["lr"]] = seen.get(group["lr"], 0) + len(group["params"])
+
+    monkeypatch.setattr("lora2fx.demo.contestants.fit", spy)
+    _, task = load_tasks()
+    method = lora2fx.LoRA2(r=4, k=3, target_k=1)
+    adapt(VisionTransformer(layers=1), task.train, Recipe("LoRA²", method, 0.5, 0.2, core_share=share), 10, 0)
+    expected = {0.5: 2, 0.2: 5 * 2, 0.02: 5 * 3} if share == 0.1 else {0.5: 2, 0.2: 5 * 5}
+    assert {round(rate, 9): count for rate, count in seen.items()} == expected
+
+
+def test_tuning_gives_lora_as_many_candidates_as_lora2() -> None:
+    counts = Counter(candidate.name for candidate in candidates())
+    assert counts["LoRA"] == counts["LoRA²"] > 0
+    assert {recipe.name for recipe in RECIPES} == set(counts)
+    assert all(recipe in candidates() for recipe in RECIPES)
+
+
+def test_tuning_scores_held_back_training_examples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lora2fx.demo.tuning.FULL", replace(QUICK, base_steps=3))
+    recipe = Recipe("head only", None, 0.1)
+    found = tune_seed(4, 3, [recipe])
+    _, task = load_tasks()
+    hits = found[0] * len(hold_back(task.train, 0.25, 4).test)
+    assert hits == pytest.approx(round(hits), abs=1e-9)
+    assert found == tune_seed(4, 3, [recipe])
 
 
 def test_an_adapter_folder_loads_onto_the_same_base(run: dict[str, Any], out: Path) -> None:

@@ -30,8 +30,8 @@ class Size:
     """How long the demo trains and measures."""
 
     base_steps: int = 400
-    steps: int = 200
-    seeds: int = 3
+    steps: int = 80
+    seeds: int = 8
     latency_rounds: int = 60
 
 
