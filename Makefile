@@ -20,6 +20,11 @@ test: $(VENV)/.installed-dev  ## run the tests (ARGS="-k fold")
 docs: $(VENV)/.installed-dev  ## the documentation as a site, in site/
 	$(BIN)/mkdocs build --strict
 
+bench: $(VENV)/.installed-dev  ## step time, operations and memory beside PEFT; writes benchmarks/results, prints tables
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/count_ops.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench_memory.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench_step.py $(ARGS)
+
 check: lint types imports test  ## everything that CI runs
 
 format: $(VENV)/.installed-dev  ## rewrite the sources as CI wants them

@@ -1,0 +1,82 @@
+"""A whole training step beside a frozen model's: PEFT's LoRA and AdaLoRA, LoRA2 as published, full fine-tuning, ours.
+
+CPU time on one thread, all variants by turns in one process, ratios within a round; refuses to publish what a busy
+machine has spoilt. Writes results/step-<setting>.json and prints the README's table.
+
+python benchmarks/bench_step.py --settings GEMM-bound launch-bound --rounds 10
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+from timing import QUIET, circumstances, interleaved, quartiles, ratios, spread
+from training_steps import BASE, OURS, SETTINGS, VARIANTS, Setting
+from transformers.utils import logging
+
+RESULTS = Path(__file__).parent / "results"
+PEERS = ("PEFT LoRA", "PEFT AdaLoRA")
+
+
+def measured(setting: Setting, rounds: int, names: list[str]) -> dict[str, Any]:
+    """Median and quartiles of each variant's step, as a ratio to the frozen base's and to PEFT's."""
+    steps = {name: VARIANTS[name](setting).step for name in names}
+    found = interleaved(steps, rounds, 1 if setting.hidden > 256 else 20)
+    base = quartiles(found[BASE])
+    return {
+        **circumstances(),
+        "setting": vars(setting),
+        "rounds": rounds,
+        "base_ms": [1e3 * value for value in base],
+        "base_spread": spread(found[BASE]),
+        "ratio_to_base": ratios(found, BASE),
+        "ours_to": {peer: ratios(found, peer)[OURS] for peer in PEERS if peer in found and OURS in found},
+    }
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Markdown: a row a variant, a column a setting."""
+    head = [f"{r['setting']['name']} (base {r['base_ms'][0]:.0f} ms)" for r in results]
+    lines = ["| step / frozen base | " + " | ".join(head) + " |", "|---" * (len(head) + 1) + "|"]
+    for name in results[0]["ratio_to_base"]:
+        cells = ["{:.2f} [{:.2f}, {:.2f}]".format(*result["ratio_to_base"][name]) for result in results]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    for peer in results[0]["ours_to"]:
+        cells = ["{:.2f} [{:.2f}, {:.2f}]".format(*result["ours_to"][peer]) for result in results]
+        lines.append(f"| {OURS} / {peer} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Measure, write and print; 1 where the machine was too busy for a setting."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--rounds", type=int, default=10)
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    logging.set_verbosity_error()
+    names = list(dict.fromkeys([BASE, *arguments.variants]))
+    published, noisy = [], False
+    RESULTS.mkdir(exist_ok=True)
+    for name in arguments.settings:
+        result = measured(SETTINGS[name], arguments.rounds, names)
+        print(table([result]), flush=True)
+        if result["base_spread"] > QUIET:
+            print(f"NOT PUBLISHED: {name}: the base's own spread is {result['base_spread']:.1%}, above {QUIET:.0%}.")
+            noisy = True
+            continue
+        published.append(result)
+        (RESULTS / f"step-{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if len(published) > 1:
+        print("\n" + table(published))
+    return int(noisy)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,104 @@
+"""What a training step costs in exact counts: operations, host syncs, bytes kept; the timings are in benchmarks/."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import lora2fx
+from benchmarks.counting import dispatched_operations, host_syncs, saved_bytes, state_of
+from lora2fx import eager
+
+METHOD = lora2fx.LoRA2(r=8, k=8, target_r=4, tinit=0, tfinal=2, deltaT=1)
+WIDTHS = (16, 32)
+
+
+class Tower(nn.Module):
+    """Pairs of linear layers, narrow to wide and back, and a head."""
+
+    def __init__(self, pairs: int, gradient: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        narrow, wide = WIDTHS
+        sizes = [(narrow, wide), (wide, narrow)] * pairs
+        self.layers = nn.ModuleList(nn.Linear(*size) for size in sizes)
+        self.head = nn.Linear(narrow, 2)
+        self.gradient = gradient
+
+    def forward(self, x):
+        for index, layer in enumerate(self.layers):
+            x = layer(x)
+            x = (x.requires_grad_() if index == 0 and self.gradient else x).tanh()
+        return self.head(x)
+
+
+def frozen(pairs):
+    model = Tower(pairs, True).requires_grad_(False)
+    model.head.requires_grad_(True)
+    return model, torch.optim.AdamW(model.head.parameters(), fused=True)
+
+
+def adapted(pairs, method=METHOD, attach=True):
+    model = Tower(pairs, False)
+    lora2fx.transform(
+        model, ["layers.*"], method, example_inputs=(batch(),), modules_to_save=["head"], seed=0, verify=False
+    )
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
+    if attach:
+        lora2fx.attach(model, optimizer, total_steps=100)
+    return model.train(), optimizer
+
+
+def batch():
+    return torch.randn(4, 8, WIDTHS[0], generator=torch.Generator().manual_seed(1))
+
+
+def differentiate(model):
+    model.zero_grad()
+    model(batch()).square().mean().backward()
+
+
+def counts(model, optimizer):
+    """Operations of forward and backward, of the optimizer's step with all that it drives, and the host's reads."""
+    for _ in range(3):
+        differentiate(model)
+        optimizer.step()
+    passes = dispatched_operations(lambda: differentiate(model)).total()
+    syncs = host_syncs(optimizer.step).total()
+    differentiate(model)
+    return passes, dispatched_operations(optimizer.step).total(), syncs
+
+
+@pytest.mark.parametrize("size", [2**16, 0], ids=["torch's derivatives", "own function"])
+def test_a_site_costs_at_most_seven_operations_and_the_rest_is_the_same_for_any_number_of_them(size, monkeypatch):
+    monkeypatch.setattr(eager, "SMALL", size)
+    few, many = counts(*adapted(2)), counts(*adapted(10))
+    base_few, base_many = counts(*frozen(2)), counts(*frozen(10))
+    sites = 2 * (10 - 2)
+    assert (many[0] - base_many[0]) - (few[0] - base_few[0]) <= 7 * sites
+    assert many[1] == few[1]
+    folding = few[0] - base_few[0] - 7 * 4
+    assert folding <= 40
+    assert many[2] == few[2] == 1, "the one read that says whether the step is to be skipped"
+
+
+def test_unattached_adapters_cost_what_their_graph_says():
+    model, optimizer = adapted(2, attach=False)
+    few = counts(model, optimizer)
+    assert few[0] > counts(*adapted(2))[0]
+
+
+@pytest.mark.parametrize("r", [8, 64])
+def test_what_is_kept_for_the_backward_hardly_depends_on_r(r, monkeypatch):
+    monkeypatch.setattr(eager, "SMALL", 0)
+    model, _ = adapted(4, lora2fx.LoRA2(r=r, k=8, target_r=4, tinit=0, tfinal=2))
+    x = torch.randn(64, 64, WIDTHS[0])
+    kept = saved_bytes(lambda: model(x), state_of(model))
+    plain, _ = frozen(4)
+    own = saved_bytes(lambda: plain(x), state_of(plain))
+    rows = 64 * 64 * 4
+    inputs = rows * WIDTHS[0]  # the first site's; the others' are kept by tanh already
+    inner = rows * 8 * 8
+    factors = 8 * 2 * 4 * 8 * sum(WIDTHS)
+    assert kept <= own + inputs + inner + factors
