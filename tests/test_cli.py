@@ -95,7 +95,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     assert stop.value.code == 0
     shown = capsys.readouterr().out
-    assert all(command in shown for command in ("demo", "inspect", "fold", "export"))
+    assert all(command in shown for command in ("demo", "inspect", "train", "report", "compare", "fold", "export"))
 
 
 def test_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -222,3 +225,21 @@ def test_the_log_has_budget_active_importance_penalty_and_skipped_steps(bert, tm
     assert training[5]["lora2fx/columns_importance_q90"] >= training[5]["lora2fx/columns_importance_q10"] >= 0
     importances = [site["importances"] for site in found["sites"] if site["rank"] is not None]
     assert all(len(own["columns"]) == 3 for own in importances)
+
+
+def test_two_processes_train_one_model_and_one_of_them_speaks(bert, tmp_path):
+    """As torchrun starts them, on gloo; masks that differed between them would have raised."""
+    data = finetuned.write_jsonl(tmp_path / "rated.jsonl", finetuned.rated(60))
+    out = tmp_path / "out"
+    words = ["--model", str(bert), "--data", str(data), "--out", str(out), "--cpu", "--batch", "8", "--steps", "8"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run(
+        [*command, "-m", "lora2fx", "train", *words], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Written to") == 1 and done.stdout.count("step 8: validation loss") == 1
+    found = record(out)
+    assert (found["status"], found["step"], found["totals"]["kept"]["columns"]) == ("finished", 8, 12)
+    assert found["history"]["validation"][-1]["epoch"] == 2, "54 rows, 16 a step"
+    assert sorted(path.name for path in out.iterdir()) == ["adapter", "report.html", "report.json", "run.json"]
