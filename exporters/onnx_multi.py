@@ -11,15 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from torch import nn
 
-from lora2fx.adapter import Adapter
 from lora2fx.errors import ExportError
-from lora2fx.exporters.copies import Copies, bind_constants, copies_of, double_copy, has_adapters, unwrapped
-from lora2fx.exporters.onnx_adapters import read_adapter, version_of, write_adapter
-from lora2fx.exporters.onnx_attempts import Exported, Plan, plans_for
+from lora2fx.exporters.copies import Copies, bind_constants, copies_of, has_adapters, unwrapped
+from lora2fx.exporters.onnx_adapters import version_of, write_adapter
+from lora2fx.exporters.onnx_attempts import Exported, plans_for
 from lora2fx.exporters.onnx_files import (
     append_metadata,
     goes_beside,
@@ -29,30 +26,26 @@ from lora2fx.exporters.onnx_files import (
     weights_digest,
 )
 from lora2fx.exporters.onnx_graph import op_counts
+from lora2fx.exporters.onnx_multi_proof import prove_factors, prove_wiring
 from lora2fx.exporters.onnx_options import Options
 from lora2fx.exporters.onnx_program import optimised, plain_attention, trace_program, with_plain_kernels, without_cache
-from lora2fx.exporters.onnx_proof import NOISE_FACTOR, Array, Proof, largest_difference, outputs_of, prove_outputs
+from lora2fx.exporters.onnx_proof import Array, Proof, prove_outputs
 from lora2fx.exporters.onnx_session import FACTORS, MODEL_VERSION, OnnxModel
 from lora2fx.exporters.onnx_swap import (
     Slot,
     Swappable,
     base_of,
     factor_axes,
-    factor_name,
     factors_of,
     probe,
     swappable,
-    without,
 )
 from lora2fx.exporters.shapes import Tensors, named_inputs
 from lora2fx.exporters.writing import check_file, staging
 from lora2fx.inputs import ExampleInputs, as_inputs
-from lora2fx.program import program_of
 from lora2fx.reports import Report
 
 SUFFIX = ".onnx_adapter"
-SEEN = 10.0
-"""A probed site counts as proven where it moves an output by this many times what the gate lets pass."""
 
 
 def export_multi(
@@ -177,7 +170,7 @@ def _write(
     append_metadata(file, _notes(slots, version, digest))
     model = OnnxModel(file, options.providers, exact=True)
     none = prove_outputs(_Run(model, None), Copies(base, base, base, (), None), plan.cases, plan.names)
-    wiring = _prove_wiring(model, shell, slots, base, plan)
+    wiring = prove_wiring(model, shell, slots, base, plan)
     entries: dict[str, Any] = {}
     for name, copies in members.items():
         adapter = file.with_name(f"{file.stem}.{name}{SUFFIX}")
@@ -185,7 +178,7 @@ def _write(
         if not factors:
             raise ExportError(f"mode='multi': every rank of {name!r} is 0, so that there is nothing to swap in.")
         write_adapter(adapter, factors, version)
-        _prove_factors(adapter, copies, slots)
+        prove_factors(adapter, copies, slots)
         model.load_adapter(name, adapter)
         full = Copies(copies.adapted, base, copies.merged, copies.changes, copies.folded)
         proof = prove_outputs(_Run(model, name), full, plan.cases, plan.names)
@@ -218,79 +211,6 @@ def _notes(slots: Mapping[str, Slot], version: int, digest: str) -> dict[str, st
         FACTORS: json.dumps(factors),
         MODEL_VERSION: str(version),
     }
-
-
-def _prove_wiring(
-    model: OnnxModel, shell: Swappable, slots: Mapping[str, Slot], base: nn.Module, plan: Plan
-) -> dict[str, Any]:
-    """Random factors on every site at once: outputs as PyTorch's, each site seen to matter.
-
-    error ≤ 8 · noise, with noise = max|float32 − float64|; a site whose factors move no output by 10 times that
-    (`unseen`) is one that the outputs hardly depend on in PyTorch either.
-    """
-    factors = probe(slots, base)
-    given = plan.cases[0].tensors | factors
-    own = {name: value for name, value in plan.cases[0].tensors.items() if name in model.inputs}
-    feed = {name: value.numpy() for name, value in (own | factors).items()}
-    found = [np.asarray(value) for value in model.session.run(None, feed)]
-    expected = outputs_of(shell, given)
-    allowed = [
-        max(NOISE_FACTOR * noise, NOISE_FACTOR * _rounding(e))
-        for noise, e in zip(_noise(shell, given, expected), expected, strict=True)
-    ]
-    errors = [largest_difference(a, b) for a, b in zip(found, expected, strict=True)]
-    for name, error, limit in zip(plan.names, errors, allowed, strict=True):
-        if not error <= limit:
-            raise ExportError(
-                f"mode='multi': with random factors on every site output {name} is off by {error:.3g}, and {limit:.3g}"
-                " is allowed: a factor isn't used where its site is. Nothing was written."
-            )
-    unseen = []
-    for site in dict.fromkeys(slot.site for slot in slots.values() if slot.rank_dim is not None):
-        moved = outputs_of(shell, without(given, slots, site))
-        if not any(
-            largest_difference(a, b) > SEEN * limit for a, b, limit in zip(moved, expected, allowed, strict=True)
-        ):
-            unseen.append(site)
-    return {"max_error": max(errors), "allowed": max(allowed), "unseen": unseen}
-
-
-def _noise(shell: Swappable, given: Tensors, expected: list[Array]) -> list[float]:
-    try:
-        exact = outputs_of(
-            double_copy(shell), {n: t.double() if t.is_floating_point() else t for n, t in given.items()}
-        )
-    except (RuntimeError, TypeError, ValueError):
-        return [0.0] * len(expected)
-    return [largest_difference(a, b) for a, b in zip(exact, expected, strict=True)]
-
-
-def _rounding(expected: Array) -> float:
-    return (
-        0.0 if expected.dtype.kind != "f" else float(np.finfo(expected.dtype).eps * np.abs(expected).max(initial=0.0))
-    )
-
-
-def _prove_factors(file: Path, copies: Copies, slots: Mapping[str, Slot]) -> None:
-    """Each site's ΔW out of the file, as the product of its factors, within the rounding of the factors."""
-    found = read_adapter(file).parameters
-    for adapter in _adapters(copies):
-        name = factor_name(adapter.site)
-        delta = adapter.exact().delta()
-        a, b = found.get(f"{name}.A"), found.get(f"{name}.B")
-        made = torch.zeros_like(delta) if a is None or b is None else _double(a) @ _double(b)
-        bound = torch.zeros_like(delta) if a is None or b is None else _double(a).abs() @ _double(b).abs()
-        eps = torch.finfo(slots[f"{name}.A"].default.dtype).eps
-        if not bool(((made - delta).abs() <= eps * bound + 1e-9 * delta.abs().max()).all()):
-            raise ExportError(f"mode='multi': the factors of {name} in {file.name} don't make its ΔW.")
-
-
-def _double(array: Array) -> torch.Tensor:
-    return torch.from_numpy(array.astype(np.float64))
-
-
-def _adapters(copies: Copies) -> list[Adapter]:
-    return list(program_of(copies.adapted, "export_onnx").adapters.values())
 
 
 def _entry(file: Path, copies: Copies, proof: Proof) -> dict[str, Any]:
