@@ -259,7 +259,8 @@ def test_a_full_disk_at_the_start_leaves_nothing(bert, tmp_path, capsys, monkeyp
 
     monkeypatch.setattr("lora2fx.finetuning.folder.write_json", full)
     data = finetuned.write_jsonl(tmp_path / "rows.jsonl", finetuned.rated(40))
-    assert "is full. Free some space" in refused(capsys, bert, data, tmp_path / "out")
+    said = refused(capsys, bert, data, tmp_path / "out")
+    assert "is full. Free some space, then start again; nothing was trained yet" in said
 
 
 def test_a_disk_without_room_is_known_from_the_disk(tmp_path, monkeypatch):

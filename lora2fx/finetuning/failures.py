@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from lora2fx.errors import Lora2fxError, RunError
-from lora2fx.finetuning.folder import drop_incomplete
+from lora2fx.finetuning.folder import complete_checkpoints, drop_incomplete
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 ROOM = 2**20
@@ -34,9 +34,9 @@ def told_failures(out: Path) -> Iterator[None]:
         drop_incomplete(out)
         if not is_full(error, out):
             raise
-        raise RunError(
-            f"the disk of {out} is full. Free some space, then go on with: lora2fx train --out {out} --resume"
-        ) from error
+        kept = complete_checkpoints(out)
+        way = f"go on with: lora2fx train --out {out} --resume" if kept else "start again; nothing was trained yet."
+        raise RunError(f"the disk of {out} is full. Free some space, then {way}") from error
 
 
 def is_full(error: BaseException, out: Path) -> bool:
