@@ -13,7 +13,7 @@ from lora2fx.sharding import refuse_sharded
 
 
 def fold(
-    model: nn.Module, strict: bool = True, rounding: Rounding = "nearest", seed: int = 0, undo: bool = True
+    model: nn.Module, strict: bool = True, rounding: Rounding = "nearest", seed: int = 0, undo: bool | None = None
 ) -> Report:
     """Add every ΔW to its weight, in place, and give the model its own classes and keys back.
 
@@ -22,8 +22,9 @@ def fold(
     `seed` (see `fold_adapters`). With `strict` an unfinished pruning schedule is a `ScheduleError`; without, a
     warning. A non-finite factor or result is an `AdapterError`, as is a model that FSDP shards (the error says how it
     is folded).
-    On any error the model is as it was: also on an interrupt, or where memory runs out, for which the adapted weights
-    are kept a second time, in the CPU's memory, until all are written. `undo=False` saves that memory.
+    On any error the model is as it was. For that to hold on an interrupt, or where memory runs out, too, the adapted
+    weights are kept a second time, in the CPU's memory, until all are written: up to 256 MiB of them, or, with
+    `undo=True`, all; with `undo=False`, none. Where they weren't kept, the error says that the model is half folded.
     """
     program = program_of(model, "fold")
     refuse_sharded(model, "fold")

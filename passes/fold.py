@@ -27,6 +27,8 @@ from lora2fx.training.driver import schedule_status
 
 LOST = 0.05
 """The share of an adaptation that may be lost to rounding without a warning."""
+UNDO = 2**28
+"""Bytes of weights that a fold keeps a second time, unless it is told."""
 
 
 def _refuse_inserts(program: Program) -> None:
@@ -92,6 +94,11 @@ def warn_lost(lost: float) -> None:
         )
 
 
+def _fits(found: Sequence[Merge]) -> bool:
+    """Whether the weights that are written to are few enough to be kept twice."""
+    return sum(merge.weight.nbytes for merge in found) <= UNDO
+
+
 @torch.no_grad()
 def _write(found: Sequence[Merge], rounding: Rounding, seed: int, undo: bool) -> dict[str, dict[str, Any]]:
     """Every merge; on any error the weights are as they were, where `undo` keeps them on the CPU until then."""
@@ -108,14 +115,15 @@ def _write(found: Sequence[Merge], rounding: Rounding, seed: int, undo: bool) ->
         error.add_note(
             "fold stopped while it was writing; every weight was put back, and the model is as it was."
             if undo
-            else "fold(undo=False) stopped half way: some weights hold W + ΔW. Load base model and adapter anew."
+            else "fold stopped half way, and kept nothing to put back (see undo=): some weights hold W + ΔW. Load base"
+            " model and adapter anew."
         )
         raise
     return written
 
 
 def fold_adapters(
-    program: Program, strict: bool = True, rounding: Rounding = "nearest", seed: int = 0, undo: bool = True
+    program: Program, strict: bool = True, rounding: Rounding = "nearest", seed: int = 0, undo: bool | None = None
 ) -> Report:
     """Add every ΔW to its weight, in place, and take the adapters away; trained heads stay as they are.
 
@@ -135,7 +143,8 @@ def fold_adapters(
     takes more than 5 % of the adaptation of all sites together.
 
     `undo` keeps a copy of the adapted weights in the CPU's memory until the last is written, so that an interrupt or
-    memory running out, too, leaves the model as it was; without it they would leave it half folded.
+    memory running out, too, leaves the model as it was; without it they would leave it half folded, and the error
+    says so. None keeps one of up to `UNDO` bytes (256 MiB).
     """
     check_rounding(rounding)
     _refuse_inserts(program)
@@ -147,7 +156,7 @@ def fold_adapters(
     counts = totals(ended)
     if status is not None:
         warn_unfinished(status, counts)
-    written = _write(found, rounding, seed, undo)
+    written = _write(found, rounding, seed, _fits(found) if undo is None else undo)
     detach_adapters(program)
     details: dict[str, Any] = {
         "max_rounding_error": max((site["rounding_error"] for site in written.values()), default=0.0),

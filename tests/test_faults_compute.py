@@ -179,5 +179,18 @@ def test_a_fold_that_can_not_be_undone_says_so():
     writes = [at for at, what in enumerate(counted.seen, 1) if what == "aten.add_.Tensor"]
     raised = attempted(lambda: lora2fx.fold(model, undo=False), aten_faults(Counter(writes[-1], COMPUTE_ERRORS[0])))
     assert isinstance(raised, torch.OutOfMemoryError)
-    assert "fold(undo=False) stopped half way: some weights hold W + ΔW" in said(raised)
+    assert "fold stopped half way, and kept nothing to put back (see undo=): some weights hold W + ΔW" in said(raised)
     assert lora2fx.fold(unchanged, undo=False).to_dict() == lora2fx.fold(adapted()).to_dict()
+
+
+@pytest.mark.parametrize(("undo", "kept"), [(None, False), (True, True)])
+def test_many_weights_are_kept_twice_only_where_that_is_asked_for(monkeypatch, undo, kept):
+    monkeypatch.setattr("lora2fx.passes.fold.UNDO", 1)
+    model, first = adapted(), adapted()
+    before = everything(model)
+    with aten_faults(Counter()) as counted:
+        lora2fx.fold(first, undo=undo)
+    writes = [at for at, what in enumerate(counted.seen, 1) if what == "aten.add_.Tensor"]
+    raised = attempted(lambda: lora2fx.fold(model, undo=undo), aten_faults(Counter(writes[-1], COMPUTE_ERRORS[0])))
+    assert ("stopped half way" in said(raised)) is not kept
+    assert bool(differences(before, everything(model))) is not kept
