@@ -16,7 +16,7 @@ from benchmarks.quality.store import Job, run_jobs
 
 TASK = "digits"
 RATES = (0.01, 0.02, 0.04, 0.08)
-TUNING_SEEDS = range(100, 103)
+TUNING_SEEDS = range(100, 106)
 
 
 def run_job(job: Job) -> dict[str, Any]:
