@@ -40,7 +40,7 @@ def test_the_examples_run(page, tmp_path, monkeypatch, capsys):
 
 
 def test_the_site_builds(tmp_path):
-    """Strict: a link or an anchor that leads nowhere, an undocumented name each fail."""
+    """Strict: a page that is in no menu, a link or an anchor that leads nowhere, an undocumented name each fail."""
     pytest.importorskip("mkdocs", reason="the documentation's packages are not installed")
     command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", str(tmp_path / "site")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

@@ -31,8 +31,8 @@ def run_example(code: str, given: dict[str, Any], folder: Path, monkeypatch: pyt
     return given
 
 
-def test_there_are_two_examples_of_about_15_lines() -> None:
-    assert len(EXAMPLES) == 2
+def test_there_are_three_examples_of_about_15_lines() -> None:
+    assert len(EXAMPLES) == 3
     assert all(len(example.strip().splitlines()) <= 18 for example in EXAMPLES)
 
 
@@ -61,6 +61,31 @@ def test_the_plain_module_example(
     assert "conv.weight" in shown and "mix" in shown
     trained = {name.rpartition(".")[0] for name, value in model.named_parameters() if value.requires_grad}
     assert trained == {"conv.lora2fx_weight", "lora2fx_mix"}
+
+
+def test_the_comparison_of_methods(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_example(EXAMPLES[2], {"__name__": "example"}, tmp_path, monkeypatch)
+    shown = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in shown] == ["LoRA2", "AdaLoRA", "LoRA"]
+    assert all(float(line.split()[1]) < 1 for line in shown)
+
+
+def test_the_numbers_of_architectures_are_those_of_the_table() -> None:
+    table = (ROOT / "docs" / "architectures.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| [a-z0-9_]+ \| (yes|no) \| \d+ \| (\d+)/(\d+) \|", table, re.MULTILINE)
+    tuned = sum(of == "yes" for of, *_ in rows)
+    right, known = sum(int(a) for _, a, _ in rows), sum(int(b) for *_, b in rows)
+    flat = " ".join(README.split())
+    assert f"{len(rows)} small models of as many architectures ({tuned} that" in flat
+    assert f"{len(rows) - tuned} written down afterwards" in flat
+    assert f"Of {known} weights that have a role {right} got it" in flat
+
+
+def test_links_lead_somewhere() -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", README):
+        assert (ROOT / target).exists(), target
 
 
 def test_the_commands_exist() -> None:
