@@ -28,6 +28,20 @@ class OnnxModel:
     A file of `mode="multi"` takes adapters: `load_adapter` once for each, `adapter=` at each run. ONNX Runtime itself
     would take two at once and use the first, would take one that was made for another base, and would ignore one
     where memory is bound; here one runs at a time, its versions were compared, and it is bound with the inputs.
+
+    Raises `ExportError` where the file can't be loaded, or where another provider than the first would run.
+
+    Example:
+        >>> import torch
+        >>> from lora2fx.exporters import OnnxModel, export_onnx
+        >>> from torch import nn
+        >>> done = export_onnx(nn.Sequential(nn.Linear(8, 2)), "model.onnx", (torch.ones(4, 8),))
+        >>> model = OnnxModel("model.onnx")
+        >>> model.inputs, model.outputs, model.provider
+        (('input',), ('output',), 'CPUExecutionProvider')
+        >>> found = model.run({"input": torch.ones(3, 8)})["output"]
+        >>> found.shape, found.dtype
+        ((3, 2), dtype('float32'))
     """
 
     def __init__(
@@ -59,7 +73,8 @@ class OnnxModel:
     def load_adapter(self, name: str, file: str | os.PathLike[str]) -> None:
         """Read an `.onnx_adapter` file for use under a name of its own, all of it checked before any is used.
 
-        Raises `FormatError` for a damaged file, one of another base, and one whose parameters don't fit this graph.
+        Raises `FormatError` for a damaged file, one of another base, and one whose parameters don't fit this graph by
+        name, shape or dtype, `AdapterError` for a name that is taken and for a file that takes no adapters.
         """
         import onnxruntime
 
@@ -83,7 +98,13 @@ class OnnxModel:
         self._active[name] = active
 
     def run(self, inputs: Mapping[str, Value], adapter: str | None = None) -> dict[str, Array]:
-        """The outputs by name, for named inputs; with one adapter's factors, or with none."""
+        """The outputs by name, for named inputs; with one adapter's factors, or with none.
+
+        Takes torch tensors of any device or arrays, of the graph's dtypes and ranks; gives arrays.
+
+        Raises `InputsError` for other names, shapes or dtypes than the graph's, `AdapterError` for an adapter that
+        isn't loaded.
+        """
         import onnxruntime
 
         self._check(inputs, adapter)
@@ -98,6 +119,8 @@ class OnnxModel:
 
         Returns `onnxruntime.OrtValue`s on the device: `.numpy()` copies one to the CPU, `torch.from_dlpack` shares it,
         and the next call takes it as it is, as a decoder's cache. An adapter's factors are bound with the inputs.
+
+        Raises `InputsError` and `AdapterError` as `run` does.
         """
         self._check(inputs, adapter)
         binding = self.session.io_binding()

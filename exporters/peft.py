@@ -43,8 +43,25 @@ def export_peft(
 
     It counts as written once PEFT has loaded it onto the base: the same keys and values, each module's ΔW, and the
     adapted model's outputs (`prove_outputs`) for `example_inputs` (a transformers model's are made up; without any,
-    the report says so). Raises `ExportError` otherwise, where a weight can't be a PEFT module or every rank is 0, and
-    what folding raises (an unfinished schedule, a factor that isn't finite).
+    the report says so). Tensors are `lora_A` (r, in) and `lora_B` (out, r) as PEFT names them, float32 or, on a float64
+    weight, float64.
+
+    Raises `ExportError` otherwise, where a weight can't be a PEFT module or every rank is 0, `AdapterError` where there
+    are no adapters, and what folding raises (`ScheduleError` for an unfinished schedule, `AdapterError` for a factor
+    that isn't finite).
+
+    Example:
+        >>> import torch
+        >>> import lora2fx
+        >>> from lora2fx.exporters import export_peft
+        >>> from torch import nn
+        >>> x = torch.ones(4, 8)
+        >>> model = lora2fx.transform(nn.Sequential(nn.Linear(8, 16), nn.ReLU()), "0", lora2fx.LoRA(r=4))
+        >>> with torch.no_grad():
+        ...     model[0].lora2fx_weight.B[:, 0] = 0.1  # as if one rank of four had been trained
+        >>> done = export_peft(model, "peft", example_inputs=(x,))
+        >>> done.verify["status"], done.details["r"], done.details["files"]
+        ('passed', 1, ['README.md', 'adapter_config.json', 'adapter_model.safetensors'])
     """
     _require_peft(layout)
     place, model = Path(folder), unwrapped(model)

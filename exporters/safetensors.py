@@ -30,8 +30,19 @@ def export_safetensors(model: nn.Module, path: str | os.PathLike[str]) -> Report
     becomes a folder, for transformers models only: weights and configs as `save_pretrained` writes them, ready for
     `from_pretrained`. A plain model is exported as it is.
 
-    Raises what folding raises (an unfinished schedule, a factor that isn't finite) and `ExportError` where what was
-    written doesn't read back bit for bit; nothing is left behind then, and an older file of that name stays.
+    Raises `ExportError` (a folder for what is no transformers model, a path that is taken by something else, a file
+    that doesn't read back bit for bit) and what folding raises (`ScheduleError` for an unfinished schedule,
+    `AdapterError` for a factor that isn't finite); nothing is left behind then, and an older file of that name stays.
+
+    Example:
+        >>> import lora2fx
+        >>> from lora2fx.exporters import export_safetensors
+        >>> from safetensors.torch import load_file
+        >>> from torch import nn
+        >>> model = lora2fx.transform(nn.Sequential(nn.Linear(8, 16), nn.ReLU()).half(), "0", lora2fx.LoRA(r=2))
+        >>> done = export_safetensors(model, "merged.safetensors")
+        >>> {name: (tuple(value.shape), value.dtype) for name, value in load_file("merged.safetensors").items()}
+        {'0.bias': ((16,), torch.float16), '0.weight': ((16, 8), torch.float16)}
     """
     place, model = Path(path), unwrapped(model)
     folded = None

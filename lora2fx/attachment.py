@@ -22,7 +22,21 @@ def param_groups(
     SaLoRA's θ) get no decay, and the learning rate and eps that the method states. `heads` are the modules trained
     whole (`modules_to_save`), with `head_lr`, by default `lr`; their biases, and those of whatever else is trained
     (`others`), don't decay.
+    The parameters are the model's own, float32 or float64; each is in one group, and empty groups are left out.
+
     Raises `AdapterError` where the model was not transformed.
+
+    Example:
+        >>> import torch
+        >>> import lora2fx
+        >>> from torch import nn
+        >>> model = lora2fx.transform(nn.Sequential(nn.Linear(8, 16), nn.ReLU()), "0", lora2fx.SoRA(r=2))
+        >>> groups = lora2fx.param_groups(model, lr=1e-3)
+        >>> for group in groups:
+        ...     print(group["name"], [tuple(p.shape) for p in group["params"]], group["lr"], group["weight_decay"])
+        factors [(2, 8), (16, 2)] 0.001 0.1
+        gates [(2,)] 0.001 0.0
+        >>> optimizer = torch.optim.AdamW(groups)
     """
     program = program_of(model, "param_groups")
     saved = [program.root.get_submodule(path) for path in program.record.modules_to_save]
@@ -37,10 +51,28 @@ def attach(
 
     `total_steps` counts optimizer steps, not batches. `scaler` is the loop's `GradScaler`, so that steps it passes
     over on overflow are counted. A resumed run attaches with the same number and goes on where the checkpoint's
-    adapters are.
+    adapters are. Gradients may have any float dtype; penalty, importance and masks are float32 or float64 and bool,
+    on the adapters' devices.
+
     Raises `AdapterError` (no adapters, attached already, adapter parameters missing from the optimizer or held in
     parts that can't be scored) and `ScheduleError` (a schedule that doesn't fit `total_steps`, an optimizer that
     can't be driven).
+
+    Example:
+        >>> import torch
+        >>> import lora2fx
+        >>> from torch import nn
+        >>> method = lora2fx.LoRA2(r=4, k=4, target_k=2, tinit=2, tfinal=2, deltaT=1)
+        >>> model = lora2fx.transform(nn.Sequential(nn.Linear(8, 16), nn.ReLU()), "0", method)
+        >>> optimizer = torch.optim.AdamW(lora2fx.param_groups(model, lr=1e-2))
+        >>> attachment = lora2fx.attach(model, optimizer, total_steps=10)
+        >>> for _ in range(10):
+        ...     loss = model(torch.ones(4, 8)).square().mean()
+        ...     loss.backward()
+        ...     optimizer.step()
+        ...     optimizer.zero_grad()
+        >>> attachment.step, lora2fx.report(model).sites[0]["kept"]
+        (10, {'lambda': 4, 'columns': 2})
     """
     program = program_of(model, "attach")
     refuse_partitioned(model)

@@ -279,12 +279,30 @@ def transform(
     Everything but the adapters and `modules_to_save` is frozen (a classification head of a transformers model is
     saved and trained by default). Without `example_inputs` a transformers model is called with inputs made from
     its config; any other module can then be targeted by name only. `seed` draws the factors without touching
-    torch's global generator. Adapters are float32, or float64 on a float64 weight.
+    torch's global generator. Adapters are float32, or float64 on a float64 weight, whatever the weight's dtype else
+    is; outputs keep their dtype. Weights may have any shape of which a matmul, an einsum or a lookup contracts axes:
+    (out, in), its transpose, stacks (expert, in, out), several heads' (in, head, width).
 
     Raises `TargetError` (a target matches nothing), `InputsError` (the model must be run and nothing says how),
     `MethodError` (a `rank_pattern` names no adapted weight),
     `RewriteError` (a matched weight is tied, parametrized, not finite, ...), `VerifyError` (a rewrite does not compute
     W + ΔW), `AdapterError` (adapted already). On any error the model is as it was.
+
+    Example:
+        >>> import torch
+        >>> import lora2fx
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
+        >>> x = torch.ones(4, 8)
+        >>> before = model(x)
+        >>> model = lora2fx.transform(model, ["0", "2"], lora2fx.LoRA2(r=4, k=2), example_inputs=(x,), seed=0)
+        >>> torch.equal(model(x), before)  # ΔW is 0 at the start
+        True
+        >>> lora2fx.report(model).verify["status"]
+        'passed'
+        >>> lora2fx.transform(nn.Sequential(nn.Linear(8, 16)), "up")
+        Traceback (most recent call last):
+        lora2fx.errors.TargetError: target 'up' matches none of the 1 weights. Roles: unknown 1. Module names: 0.
     """
     refuse_adapted(model, "transform")
     method = LoRA2() if method is None else method

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 
 class Lora2fxError(Exception):
-    """Base class of all errors raised on purpose."""
+    """Base class of all errors raised on purpose.
+
+    Its message says what was asked, what was found and what to do.
+
+    Example:
+        >>> import lora2fx
+        >>> try:
+        ...     lora2fx.LoRA2(r=0)
+        ... except lora2fx.Lora2fxError as error:
+        ...     print(type(error).__name__, error)
+        MethodError r=0: pass a whole number of at least 1.
+    """
 
 
 class TargetError(Lora2fxError):
@@ -52,4 +63,14 @@ class RunError(Lora2fxError):
 
 
 class Lora2fxWarning(UserWarning):
-    """Something that works, but not as most users would want."""
+    """Something that works, but not as most users would want.
+
+    Example:
+        >>> import warnings
+        >>> import lora2fx
+        >>> with warnings.catch_warnings():
+        ...     warnings.simplefilter("error", lora2fx.Lora2fxWarning)  # stop at the first
+        ...     warnings.warn("rounds much of ΔW away", lora2fx.Lora2fxWarning)
+        Traceback (most recent call last):
+        lora2fx.errors.Lora2fxWarning: rounds much of ΔW away
+    """

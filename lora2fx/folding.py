@@ -25,6 +25,20 @@ def fold(
     On any error the model is as it was. For that to hold on an interrupt, or where memory runs out, too, the adapted
     weights are kept a second time, in the CPU's memory, until all are written: up to 256 MiB of them, or, with
     `undo=True`, all; with `undo=False`, none. Where they weren't kept, the error says that the model is half folded.
+
+    Raises `AdapterError` (no adapters, a value that is not finite, a sharded model), `ScheduleError` (with `strict`)
+    and `MethodError` (a `rounding` that there isn't).
+
+    Example:
+        >>> import torch
+        >>> import lora2fx
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU()).bfloat16()
+        >>> names = list(model.state_dict())
+        >>> model = lora2fx.transform(model, "0", lora2fx.LoRA(r=2))
+        >>> done = lora2fx.fold(model)  # ΔW is float32 (16, 8), the sum bfloat16
+        >>> list(model.state_dict()) == names, model[0].weight.dtype, done.details["max_rounding_error"]
+        (True, torch.bfloat16, 0.0)
     """
     program = program_of(model, "fold")
     refuse_sharded(model, "fold")
@@ -32,7 +46,22 @@ def fold(
 
 
 def unload(model: nn.Module) -> None:
-    """Take the adapters off: the base model back, bit for bit, trained heads included."""
+    """Take the adapters off: the base model back, bit for bit, trained heads included.
+
+    Its parameters have the names, shapes, dtypes and `requires_grad` that they had.
+
+    Raises `AdapterError` (no adapters, a model that FSDP shards).
+
+    Example:
+        >>> import torch
+        >>> import lora2fx
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU())
+        >>> before = model[0].weight.detach().clone()
+        >>> lora2fx.unload(lora2fx.transform(model, "0", lora2fx.LoRA(r=2)))
+        >>> torch.equal(model[0].weight, before), type(model[0]) is nn.Linear
+        (True, True)
+    """
     program = program_of(model, "unload")
     refuse_sharded(model, "unload")
     unload_adapters(program)

@@ -33,7 +33,22 @@ def inspect_model(model: nn.Module, example_inputs: ExampleInputs | None = None)
 
     Runs one forward on `example_inputs` (a dict of keyword arguments or a tuple of positional ones); a transformers
     model is run on inputs made from its config. The model is left as it was.
-    Raises `InputsError` for another module without `example_inputs`, `AdapterError` for one that is adapted.
+    An entry of the report's `sites` is plain JSON: `weight` (its name), `shape` (as the weight lies), `role`, `slice`
+    (the columns of a fused weight that have this role, None: all), `evidence`, `rewrite`, `reason`.
+
+    Raises `InputsError` for another module without `example_inputs` and for inputs that its forward doesn't take by
+    name or number, `AdapterError` for what is adapted already or is no module; what the forward itself raises passes.
+
+    Example:
+        >>> import torch
+        >>> import lora2fx
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
+        >>> found = lora2fx.inspect(model, (torch.zeros(4, 8),))
+        >>> for site in found.sites:
+        ...     print(site["weight"], site["shape"], site["rewrite"])
+        0.weight [16, 8] activation
+        2.weight [2, 16] activation
     """
     refuse_adapted(model, "inspect")
     found = analyse(model, example_inputs, roles_needed=True)
@@ -61,7 +76,21 @@ def describe_method(method: Method | Baseline) -> str:
 def report_model(model: nn.Module) -> Report:
     """The adapted model's sites with ranks, λ, importance and parameters, and every other weight with its reason.
 
+    An entry of `sites` is plain JSON: `shape` of the weight, `r` the ranks that are there, `active` those that are kept
+    (`kept`: by axis), `rank` the numeric rank of ΔW; `lambda` and `importance` hold r floats (`importance` none where
+    the method scores nothing). `totals` adds them up.
+
     Raises `AdapterError` where the model holds no adapters.
+
+    Example:
+        >>> import lora2fx
+        >>> from torch import nn
+        >>> model = lora2fx.transform(nn.Sequential(nn.Linear(8, 16), nn.ReLU()), "0", lora2fx.LoRA(r=2))
+        >>> found = lora2fx.report(model)
+        >>> found.sites[0]["shape"], found.sites[0]["r"], found.sites[0]["lambda"], found.sites[0]["rank"]
+        ([16, 8], 2, [1.0, 1.0], 0)
+        >>> found.totals["adapter_parameters"]
+        48
     """
     program = program_of(model, "report")
     entries = [adapter_entry(name, adapter) for name, adapter in program.adapters.items()]
@@ -80,7 +109,17 @@ def report_model(model: nn.Module) -> Report:
 
 
 def print_trainable_parameters(model: nn.Module) -> None:
-    """Print how many of the model's parameters are trained, in the words of PEFT's method of that name."""
+    """Print how many of the model's parameters are trained, in the words of PEFT's method of that name.
+
+    For any module, adapted or not; counts scalars, whatever their dtype. Nothing is raised.
+
+    Example:
+        >>> import lora2fx
+        >>> from torch import nn
+        >>> model = lora2fx.transform(nn.Sequential(nn.Linear(8, 16), nn.ReLU()), "0", lora2fx.LoRA(r=2))
+        >>> lora2fx.print_trainable_parameters(model)
+        trainable params: 48 || all params: 192 || trainable%: 25.0000
+    """
     parameters = list(model.parameters())
     trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     everything = sum(parameter.numel() for parameter in parameters)

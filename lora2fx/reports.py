@@ -79,7 +79,25 @@ def _is_short(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class Report:
-    """The result of a pass: an entry for each (weight, role), totals, verification, and the pass's own details."""
+    """The result of a pass: an entry for each (weight, role), totals, verification, and the pass's own details.
+
+    `sites` is a tuple of dicts in which every key is there (None where unknown); shapes are lists of ints, importances
+    and λ lists of floats. Nothing in it is a tensor, and nothing is raised: `str` is a table, `to_dict` what
+    `json.dumps` takes.
+
+    Example:
+        >>> import json
+        >>> from lora2fx.reports import Report, site_entry
+        >>> found = Report("mine", (site_entry("0.weight", shape=[16, 8], r=2),), {"trainable": 48})
+        >>> print(found)
+        mine
+        weight    role     shape  r  adapter_parameters
+        --------  -------  -----  -  ------------------
+        0.weight  unknown  16×8   2  0
+        totals: trainable 48
+        >>> json.dumps(found.to_dict()["totals"])
+        '{"trainable": 48}'
+    """
 
     title: str
     sites: tuple[Mapping[str, Any], ...] = ()

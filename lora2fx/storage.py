@@ -79,9 +79,18 @@ def save(model: nn.Module, folder: Folder) -> Report:
 
     Moving averages of the training stay out: a file is for using, folding and exporting an adapter; to resume a run
     keep the model's own state_dict. Files appear whole or not at all. Of a model that FSDP shards every process must
-    save; the first one writes, and the others wait until the files are there (their report says 0 bytes).
+    save; the first one writes, and the others wait until the files are there (their report says 0 bytes). Tensors keep
+    their shapes and dtypes: factors are float32 or float64, heads as they are.
+
     Raises `AdapterError` (no adapters, a baseline, a value that is not finite), `FormatError` (a method that JSON can't
     hold, a folder that is a file) and `OSError`; an earlier adapter in the folder then is as it was.
+
+    Example:
+        >>> import lora2fx
+        >>> from torch import nn
+        >>> model = lora2fx.transform(nn.Sequential(nn.Linear(8, 16), nn.ReLU()), "0", lora2fx.LoRA(r=2))
+        >>> lora2fx.save(model, "adapter").details["files"]
+        ['adapter.safetensors', 'adapter.json']
     """
     program = program_of(model, "save")
     refuse_baseline(program, "save")
@@ -157,6 +166,21 @@ def load(
 
     Raises `FormatError` (a file that can't be trusted or doesn't fit the model) and `AdapterError` (the model holds
     adapters already); the model then is as it was.
+
+    Example:
+        >>> import copy
+        >>> import torch
+        >>> import lora2fx
+        >>> from torch import nn
+        >>> base = nn.Sequential(nn.Linear(8, 16), nn.ReLU())
+        >>> model = lora2fx.transform(copy.deepcopy(base), "0", lora2fx.LoRA(r=2, init="gaussian"))
+        >>> done = lora2fx.save(model, "adapter")
+        >>> again = lora2fx.load(copy.deepcopy(base), "adapter")
+        >>> torch.equal(again[0].lora2fx_weight.A, model[0].lora2fx_weight.A), again[0].lora2fx_weight.A.dtype
+        (True, torch.float32)
+        >>> lora2fx.load(copy.deepcopy(base), "elsewhere")
+        Traceback (most recent call last):
+        lora2fx.errors.FormatError: elsewhere/adapter.json can't be read: No such file or directory.
     """
     refuse_adapted(model, "load")
     place = Path(folder)

@@ -29,8 +29,27 @@ def attach(
     `total_steps` counts optimizer steps of one process: batches of one process divided by the accumulation steps.
     Log with `accelerator.log(log_values(attachment), step)` (`lora2fx.training.logs`). `accelerator.save_state` and
     `load_state` hold all that a resumed run needs. `evaluate` is ALoRA's (see `Attachment`).
-    Raises what `lora2fx.attach` raises, and `AdapterError` under DeepSpeed. Warns where FSDP was asked for and isn't
-    what runs.
+    Under mixed fp16 and bf16 the factors stay float32; steps that fp16 skips are counted.
+
+    Raises what `lora2fx.attach` raises (`AdapterError`, `ScheduleError`), and `AdapterError` under DeepSpeed.
+    Warns where FSDP was asked for and isn't what runs.
+
+    Example:
+        >>> import torch
+        >>> import lora2fx
+        >>> from accelerate import Accelerator
+        >>> from lora2fx.integrations.accelerate import attach
+        >>> from torch import nn
+        >>> model = lora2fx.transform(nn.Sequential(nn.Linear(8, 16), nn.ReLU()), "0", lora2fx.LoRA(r=2))
+        >>> accelerator = Accelerator(cpu=True)
+        >>> model, optimizer = accelerator.prepare(model, torch.optim.AdamW(lora2fx.param_groups(model, lr=1e-3)))
+        >>> attachment = attach(accelerator, model, optimizer, total_steps=4)
+        >>> for _ in range(4):
+        ...     accelerator.backward(model(torch.ones(4, 8)).square().mean())
+        ...     optimizer.step()
+        ...     optimizer.zero_grad()
+        >>> attachment.step
+        4
     """
     refuse_deepspeed(accelerator)
     warn_of_replicas(accelerator, os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true")

@@ -76,7 +76,37 @@ def callback(total_steps: int | None = None, evaluate: Evaluate | None = None) -
 
 
 def attach(trainer: Trainer, total_steps: int | None = None, evaluate: Evaluate | None = None) -> LightningAttachment:
-    """Give the Trainer that `callback`; `AdapterError` where it has one."""
+    """Give the Trainer that `callback`.
+
+    What it does is said there. Under `16-mixed` and `bf16-mixed` the factors stay float32; steps that fp16 skips are
+    counted.
+
+    Raises `AdapterError` where the Trainer is attached already; `fit` raises what `lora2fx.attach` raises.
+
+    Example:
+        >>> import lightning.pytorch as pl
+        >>> import torch
+        >>> import lora2fx
+        >>> from lora2fx.integrations.lightning import attach
+        >>> from torch import nn
+        >>> class Regression(pl.LightningModule):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.linear = nn.Linear(8, 1)
+        ...
+        ...     def training_step(self, batch, index):
+        ...         return (self.linear(batch) - 1).square().mean()
+        ...
+        ...     def configure_optimizers(self):
+        ...         return torch.optim.AdamW(lora2fx.param_groups(self, lr=1e-3))
+        >>> module = lora2fx.transform(Regression(), "linear", lora2fx.LoRA(r=2))
+        >>> quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+        >>> trainer = pl.Trainer(max_steps=4, accelerator="cpu", enable_model_summary=False, **quiet)
+        >>> callback = attach(trainer)
+        >>> trainer.fit(module, torch.utils.data.DataLoader(torch.ones(16, 8), batch_size=4))
+        >>> callback.attachment.step
+        4
+    """
     callbacks: list[Any] = trainer.callbacks
     if any(isinstance(known, LightningAttachment) for known in callbacks):
         raise AdapterError("this Trainer is attached already; a second attachment would prune twice a step.")

@@ -88,10 +88,34 @@ def attach(trainer: Trainer, evaluate: Evaluate | None = None, page: str | None 
     Budgets, active entries, importance, penalty and skipped steps go into the Trainer's log. All state is in the
     model's checkpoints: `train(resume_from_checkpoint=...)` goes on where they are. `evaluate` is ALoRA's. In the end
     `page`, in the Trainer's output folder, shows the ranks as a heat map, and the log as charts; None writes none.
+    Under fp16 and bf16 the factors stay float32; steps that fp16 skips are counted.
 
     Raises `AdapterError` (no adapters, attached already); what `lora2fx.attach` raises comes when training begins.
     Warns where the model ignores the Trainer's loss scaling under gradient accumulation, and where FSDP was asked for
     and isn't what runs.
+
+    Example:
+        >>> import torch
+        >>> import lora2fx
+        >>> from lora2fx.integrations.transformers import attach
+        >>> from torch import nn
+        >>> from transformers import Trainer, TrainingArguments
+        >>> class Regression(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.linear = nn.Linear(8, 1)
+        ...
+        ...     def forward(self, x, labels):
+        ...         return {"loss": (self.linear(x) - labels).square().mean()}
+        >>> model = lora2fx.transform(Regression(), "linear", lora2fx.LoRA(r=2))
+        >>> rows = [{"x": torch.ones(8), "labels": torch.ones(1)}] * 8
+        >>> arguments = TrainingArguments("run", max_steps=4, use_cpu=True, report_to="none", save_strategy="no")
+        >>> trainer = Trainer(model, arguments, train_dataset=rows)
+        >>> callback = attach(trainer)
+        >>> result = trainer.train()  # doctest: +ELLIPSIS
+        {'train_runtime': ...}
+        >>> callback.attachment.step
+        4
     """
     from transformers import TrainerCallback
 

@@ -66,7 +66,20 @@ class AdaLoRA:
     clears the optimizer's moments of a λ that is pruned, which else carry it on; `wd_on_lambda` has
     `lora2fx.param_groups` decay λ too. Parity with the published code: `AdaLoRA.paper()`.
 
+    A weight of `in` inputs and `out` outputs gets A (r, in), λ (r,) as `lam` and B (out, r), float32 or, on a float64
+    weight, float64; a stack of matrices gets a stack of them, and one mask.
+
     Raises `MethodError` for hyperparameters that can't work.
+
+    Example:
+        >>> import lora2fx
+        >>> from torch import nn
+        >>> model = lora2fx.transform(nn.Sequential(nn.Linear(8, 16), nn.ReLU()), "0", lora2fx.AdaLoRA(r=4, target_r=2))
+        >>> {name.split(".")[-1]: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
+        {'A': (4, 8), 'B': (16, 4), 'lam': (4,)}
+        >>> lora2fx.AdaLoRA(r=4, target_r=8)
+        Traceback (most recent call last):
+        lora2fx.errors.MethodError: target_r=8 is more than r=4, but a budget only falls. Raise r.
     """
 
     r: int = 8

@@ -70,7 +70,19 @@ class ALoRA:
     left the model worse after `deltaT` steps, and moves no rank after it. `only_harmless` moves only ranks without
     which the batch scores no worse, or by no more than `harmless_tol`.
 
+    A weight of `in` inputs and `out` outputs gets A (max_r, in) and B (out, max_r), float32 or, on a float64 weight,
+    float64, and a bool mask (max_r,) of which r are set; a stack of matrices gets a stack of them, and one mask.
+
     Raises `MethodError` for hyperparameters that can't work.
+
+    Example:
+        >>> import lora2fx
+        >>> from torch import nn
+        >>> model = lora2fx.transform(nn.Sequential(nn.Linear(8, 16), nn.ReLU()), "0", lora2fx.ALoRA(r=2))
+        >>> {name.split(".")[-1]: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
+        {'A': (4, 8), 'B': (16, 4)}
+        >>> lora2fx.report(model).sites[0]["active"]
+        2
     """
 
     r: int = 8

@@ -45,7 +45,17 @@ class LoRA:
     single sites another rank, by module or weight name, dotted suffix, glob, or `role:<role>`; `alpha_pattern` another
     lora_alpha.
 
+    A weight of `in` inputs and `out` outputs gets A (r, in) and B (out, r), float32 or, on a float64 weight, float64;
+    a stack of matrices gets a stack of them.
+
     Raises `MethodError` for hyperparameters that can't work.
+
+    Example:
+        >>> import lora2fx
+        >>> from torch import nn
+        >>> model = lora2fx.transform(nn.Sequential(nn.Linear(8, 16), nn.ReLU()), "0", lora2fx.LoRA(r=2))
+        >>> {name.split(".")[-1]: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
+        {'A': (2, 8), 'B': (16, 2)}
     """
 
     r: int = 8

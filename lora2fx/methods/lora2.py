@@ -73,7 +73,20 @@ class LoRA2:
     keeps the targets in every site. `reset_moments_on_mask` clears the optimizer's moments of a λ that is pruned,
     which else carry it on; `wd_on_lambda` has `lora2fx.param_groups` decay λ too.
 
+    A weight of `in` inputs and `out` outputs gets u (in, k), v (k, r), λ (r,) as `lam`, U (r, k) and V (k, out),
+    float32 or, on a float64 weight, float64; a stack of matrices gets a stack of them, and masks in common.
+
     Raises `MethodError` for hyperparameters that can't work.
+
+    Example:
+        >>> import lora2fx
+        >>> from torch import nn
+        >>> model = lora2fx.transform(nn.Sequential(nn.Linear(8, 16), nn.ReLU()), "0", lora2fx.LoRA2(r=4, k=2))
+        >>> {name.split(".")[-1]: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
+        {'u': (8, 2), 'v': (2, 4), 'U': (4, 2), 'V': (2, 16), 'lam': (4,)}
+        >>> lora2fx.LoRA2(r=2, k=2, target_k=3)
+        Traceback (most recent call last):
+        lora2fx.errors.MethodError: target_k=3 is more than k=2, but a budget only falls. Raise k.
     """
 
     r: int = 8

@@ -53,7 +53,19 @@ class SaLoRA:
     `orth_form="cosine"` leaves lengths alone. `lagrangian="linear_quadratic"` meets the target more tightly. `gamma`,
     `zeta`, `tau` and `log_theta` are the gates' stretch, temperature and logit at the start.
 
+    A weight of `in` inputs and `out` outputs gets A (r, in), the gates' logits `log_theta` (r,) and B (out, r), float32
+    or, on a float64 weight, float64; a stack of matrices gets a stack of them, and one mask.
+
     Raises `MethodError` for hyperparameters that can't work.
+
+    Example:
+        >>> import lora2fx
+        >>> from torch import nn
+        >>> model = lora2fx.transform(nn.Sequential(nn.Linear(8, 16), nn.ReLU()), "0", lora2fx.SaLoRA(r=4))
+        >>> {name.split(".")[-1]: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
+        {'A': (4, 8), 'B': (16, 4), 'log_theta': (4,)}
+        >>> [(group["name"], group["lr"]) for group in lora2fx.param_groups(model, lr=1e-3)]
+        [('factors', 0.001), ('gates', 0.003)]
     """
 
     r: int = 8

@@ -63,7 +63,19 @@ class SoRA:
     without it they grow as the gates shrink. `gate_lr`, times the factors' learning rate, and Adam's `gate_eps` are
     the gates'. `lora2fx.param_groups` hands these three to the optimizer.
 
+    A weight of `in` inputs and `out` outputs gets A (r, in), gates g (r,) and B (out, r), float32 or, on a float64
+    weight, float64; a stack of matrices gets a stack of them, and one mask.
+
     Raises `MethodError` for hyperparameters that can't work.
+
+    Example:
+        >>> import lora2fx
+        >>> from torch import nn
+        >>> model = lora2fx.transform(nn.Sequential(nn.Linear(8, 16), nn.ReLU()), "0", lora2fx.SoRA(r=4))
+        >>> {name.split(".")[-1]: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
+        {'A': (4, 8), 'B': (16, 4), 'g': (4,)}
+        >>> [(group["name"], group["weight_decay"]) for group in lora2fx.param_groups(model, lr=1e-3)]
+        [('factors', 0.1), ('gates', 0.0)]
     """
 
     r: int = 8
