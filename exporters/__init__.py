@@ -3,7 +3,7 @@
 Shapes and dtypes in a file are the merged model's, unless it is asked for otherwise. All raise
 `lora2fx.errors.ExportError`, with nothing left behind, where what was written doesn't prove itself.
 
-Example:
+Examples:
     >>> from torch import nn
     >>> from lora2fx import exporters
     >>> done = exporters.export_safetensors(nn.Sequential(nn.Linear(8, 16)), "base.safetensors")

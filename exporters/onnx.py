@@ -59,13 +59,13 @@ def export_onnx(
     The file counts as written once it has passed: the ONNX checker; ONNX Runtime on `providers[0]` against the adapted
     model at several shapes (`prove_outputs`); and the base model's export, from which it may differ in each site's ΔW
     alone (`check_weights`). An int8 file was a float32 file that passed, and then is held to what 8 bits do to the base
-    model. Inputs have the names and dtypes of the forward's arguments; the dimensions that aren't dynamic their sizes.
+    model. Inputs are named after the forward's arguments; floats in and out have the model's dtype, or `dtype`.
 
     Raises `ExportError` otherwise, `InputsError` where the model must be run and nothing says how, or what folding
     raises (`ScheduleError` for an unfinished pruning schedule, `AdapterError` for a factor that isn't finite); nothing
     is left behind then, and an older file of that name stays.
 
-    Example:
+    Examples:
         >>> import torch
         >>> import lora2fx
         >>> from lora2fx.exporters import export_onnx

@@ -31,7 +31,7 @@ class OnnxModel:
 
     Raises `ExportError` where the file can't be loaded, or where another provider than the first would run.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lora2fx.exporters import OnnxModel, export_onnx
         >>> from torch import nn

@@ -43,14 +43,14 @@ def export_peft(
 
     It counts as written once PEFT has loaded it onto the base: the same keys and values, each module's ΔW, and the
     adapted model's outputs (`prove_outputs`) for `example_inputs` (a transformers model's are made up; without any,
-    the report says so). Tensors are `lora_A` (r, in) and `lora_B` (out, r) as PEFT names them, float32 or, on a float64
-    weight, float64.
+    the report says so). Tensors are float32 `lora_A` (r, in) and `lora_B` (out, r) by PEFT's names, and the modules
+    trained whole in their own dtype.
 
     Raises `ExportError` otherwise, where a weight can't be a PEFT module or every rank is 0, `AdapterError` where there
     are no adapters, and what folding raises (`ScheduleError` for an unfinished schedule, `AdapterError` for a factor
     that isn't finite).
 
-    Example:
+    Examples:
         >>> import torch
         >>> import lora2fx
         >>> from lora2fx.exporters import export_peft

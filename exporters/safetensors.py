@@ -34,7 +34,7 @@ def export_safetensors(model: nn.Module, path: str | os.PathLike[str]) -> Report
     that doesn't read back bit for bit) and what folding raises (`ScheduleError` for an unfinished schedule,
     `AdapterError` for a factor that isn't finite); nothing is left behind then, and an older file of that name stays.
 
-    Example:
+    Examples:
         >>> import lora2fx
         >>> from lora2fx.exporters import export_safetensors
         >>> from safetensors.torch import load_file

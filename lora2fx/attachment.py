@@ -26,7 +26,7 @@ def param_groups(
 
     Raises `AdapterError` where the model was not transformed.
 
-    Example:
+    Examples:
         >>> import torch
         >>> import lora2fx
         >>> from torch import nn
@@ -58,7 +58,7 @@ def attach(
     parts that can't be scored) and `ScheduleError` (a schedule that doesn't fit `total_steps`, an optimizer that
     can't be driven).
 
-    Example:
+    Examples:
         >>> import torch
         >>> import lora2fx
         >>> from torch import nn

@@ -288,7 +288,7 @@ def transform(
     `RewriteError` (a matched weight is tied, parametrized, not finite, ...), `VerifyError` (a rewrite does not compute
     W + ΔW), `AdapterError` (adapted already). On any error the model is as it was.
 
-    Example:
+    Examples:
         >>> import torch
         >>> import lora2fx
         >>> from torch import nn

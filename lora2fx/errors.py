@@ -8,7 +8,7 @@ class Lora2fxError(Exception):
 
     Its message says what was asked, what was found and what to do.
 
-    Example:
+    Examples:
         >>> import lora2fx
         >>> try:
         ...     lora2fx.LoRA2(r=0)
@@ -65,7 +65,7 @@ class RunError(Lora2fxError):
 class Lora2fxWarning(UserWarning):
     """Something that works, but not as most users would want.
 
-    Example:
+    Examples:
         >>> import warnings
         >>> import lora2fx
         >>> with warnings.catch_warnings():

@@ -29,7 +29,7 @@ def fold(
     Raises `AdapterError` (no adapters, a value that is not finite, a sharded model), `ScheduleError` (with `strict`)
     and `MethodError` (a `rounding` that there isn't).
 
-    Example:
+    Examples:
         >>> import torch
         >>> import lora2fx
         >>> from torch import nn
@@ -52,7 +52,7 @@ def unload(model: nn.Module) -> None:
 
     Raises `AdapterError` (no adapters, a model that FSDP shards).
 
-    Example:
+    Examples:
         >>> import torch
         >>> import lora2fx
         >>> from torch import nn

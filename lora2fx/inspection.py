@@ -39,7 +39,7 @@ def inspect_model(model: nn.Module, example_inputs: ExampleInputs | None = None)
     Raises `InputsError` for another module without `example_inputs` and for inputs that its forward doesn't take by
     name or number, `AdapterError` for what is adapted already or is no module; what the forward itself raises passes.
 
-    Example:
+    Examples:
         >>> import torch
         >>> import lora2fx
         >>> from torch import nn
@@ -82,7 +82,7 @@ def report_model(model: nn.Module) -> Report:
 
     Raises `AdapterError` where the model holds no adapters.
 
-    Example:
+    Examples:
         >>> import lora2fx
         >>> from torch import nn
         >>> model = lora2fx.transform(nn.Sequential(nn.Linear(8, 16), nn.ReLU()), "0", lora2fx.LoRA(r=2))
@@ -113,7 +113,7 @@ def print_trainable_parameters(model: nn.Module) -> None:
 
     For any module, adapted or not; counts scalars, whatever their dtype. Nothing is raised.
 
-    Example:
+    Examples:
         >>> import lora2fx
         >>> from torch import nn
         >>> model = lora2fx.transform(nn.Sequential(nn.Linear(8, 16), nn.ReLU()), "0", lora2fx.LoRA(r=2))

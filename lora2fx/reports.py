@@ -85,7 +85,7 @@ class Report:
     and λ lists of floats. Nothing in it is a tensor, and nothing is raised: `str` is a table, `to_dict` what
     `json.dumps` takes.
 
-    Example:
+    Examples:
         >>> import json
         >>> from lora2fx.reports import Report, site_entry
         >>> found = Report("mine", (site_entry("0.weight", shape=[16, 8], r=2),), {"trainable": 48})

@@ -85,7 +85,7 @@ def save(model: nn.Module, folder: Folder) -> Report:
     Raises `AdapterError` (no adapters, a baseline, a value that is not finite), `FormatError` (a method that JSON can't
     hold, a folder that is a file) and `OSError`; an earlier adapter in the folder then is as it was.
 
-    Example:
+    Examples:
         >>> import lora2fx
         >>> from torch import nn
         >>> model = lora2fx.transform(nn.Sequential(nn.Linear(8, 16), nn.ReLU()), "0", lora2fx.LoRA(r=2))
@@ -167,7 +167,7 @@ def load(
     Raises `FormatError` (a file that can't be trusted or doesn't fit the model) and `AdapterError` (the model holds
     adapters already); the model then is as it was.
 
-    Example:
+    Examples:
         >>> import copy
         >>> import torch
         >>> import lora2fx

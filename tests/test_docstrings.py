@@ -175,7 +175,7 @@ def test_the_example_runs(name):
 def test_it_has_an_example_that_shows_something(name):
     """Imports alone, or code of which nothing is printed, would be none."""
     found = examples(name)
-    assert re.search(r"^Example:$", inspect.getdoc(PUBLIC[name]), re.MULTILINE), f"{name} has no Example: section"
+    assert re.search(r"^Examples:$", inspect.getdoc(PUBLIC[name]), re.MULTILINE), f"{name} has no Examples: section"
     assert any("import" not in example.source for example in found), name
     assert any(example.want or example.exc_msg for example in found), f"{name}: nothing is printed"
     short = name.split(".")[-1]

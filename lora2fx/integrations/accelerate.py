@@ -34,7 +34,7 @@ def attach(
     Raises what `lora2fx.attach` raises (`AdapterError`, `ScheduleError`), and `AdapterError` under DeepSpeed.
     Warns where FSDP was asked for and isn't what runs.
 
-    Example:
+    Examples:
         >>> import torch
         >>> import lora2fx
         >>> from accelerate import Accelerator

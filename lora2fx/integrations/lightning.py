@@ -83,7 +83,7 @@ def attach(trainer: Trainer, total_steps: int | None = None, evaluate: Evaluate 
 
     Raises `AdapterError` where the Trainer is attached already; `fit` raises what `lora2fx.attach` raises.
 
-    Example:
+    Examples:
         >>> import lightning.pytorch as pl
         >>> import torch
         >>> import lora2fx

@@ -94,7 +94,7 @@ def attach(trainer: Trainer, evaluate: Evaluate | None = None, page: str | None 
     Warns where the model ignores the Trainer's loss scaling under gradient accumulation, and where FSDP was asked for
     and isn't what runs.
 
-    Example:
+    Examples:
         >>> import torch
         >>> import lora2fx
         >>> from lora2fx.integrations.transformers import attach

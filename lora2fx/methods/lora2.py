@@ -78,7 +78,7 @@ class LoRA2:
 
     Raises `MethodError` for hyperparameters that can't work.
 
-    Example:
+    Examples:
         >>> import lora2fx
         >>> from torch import nn
         >>> model = lora2fx.transform(nn.Sequential(nn.Linear(8, 16), nn.ReLU()), "0", lora2fx.LoRA2(r=4, k=2))

@@ -68,7 +68,7 @@ class SoRA:
 
     Raises `MethodError` for hyperparameters that can't work.
 
-    Example:
+    Examples:
         >>> import lora2fx
         >>> from torch import nn
         >>> model = lora2fx.transform(nn.Sequential(nn.Linear(8, 16), nn.ReLU()), "0", lora2fx.SoRA(r=4))
