@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -46,3 +47,11 @@ def test_the_site_builds(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "site" / "reference" / "index.html").is_file()
+
+
+def test_the_notebook_is_the_tutorial():
+    """Its code cells are the page's blocks, so that running the page runs the notebook."""
+    notebook = json.loads((ROOT / "examples" / "quickstart.ipynb").read_text(encoding="utf-8"))
+    cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert cells == [code.strip("\n") for _, code in blocks(DOCS / "tutorial.md")]
+    assert all(not cell.get("outputs") for cell in notebook["cells"])
