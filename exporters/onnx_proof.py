@@ -139,9 +139,10 @@ def _shape_entry(case: Case, error: float) -> dict[str, Any]:
 
 
 def outputs_of(model: nn.Module, tensors: Tensors) -> list[Array]:
-    """The model's outputs as arrays, in eval mode's order of its containers."""
+    """The outputs as arrays, in eval mode's order of the containers; bfloat16, unknown to numpy, as float32."""
     with torch.no_grad():
-        return [tensor.detach().cpu().numpy() for tensor in flatten_outputs(model(**tensors))]
+        found = [tensor.detach().cpu() for tensor in flatten_outputs(model(**tensors))]
+    return [(tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy() for tensor in found]
 
 
 def _double(reference: nn.Module, case: Case) -> tuple[nn.Module | None, str]:

@@ -300,3 +300,18 @@ def test_the_card_says_what_a_server_needs(tmp_path):
     assert "inner.fc  4" in card
     export_peft(model, tmp_path / "a", "compact")
     assert "for PEFT only" in (tmp_path / "a" / "README.md").read_text()
+
+
+def test_a_bfloat16_model_is_proven_within_its_own_rounding(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4)).bfloat16()
+    x = torch.randn(5, 8, dtype=torch.bfloat16)
+    lora2fx.transform(model, ["0", "2"], lora2fx.LoRA(r=2), example_inputs=(x,))
+    with torch.no_grad():
+        for layer in (model[0], model[2]):
+            layer.lora2fx_weight.B.normal_(std=0.1)
+    report = lora2fx.exporters.export_peft(model, tmp_path / "peft", example_inputs=(x,))
+    assert report.verify["status"] == "passed"
+    assert report.details["noise_source"] == "float64"
+    assert not report.details["vacuous"]
+    assert report.details["max_error"] <= 8 * report.details["noise"]
