@@ -149,6 +149,20 @@ class Adapter(nn.Module):
             delta = whole.index_add(-1, self.columns, delta)
         return self.site.from_matrix(delta)
 
+    def factors_of(self, index: int | Tensor) -> tuple[Tensor, Tensor]:
+        """Of one matrix of a stack: left · diag(gate) (in, k), and right (k, out)."""
+        gate = self.gate()
+        own = gate[index] if gate.dim() > 1 else gate
+        return self.left()[index] * own.unsqueeze(-2), self.right()[index]
+
+    def expert_delta(self, rows: Tensor, right: Tensor) -> Tensor:
+        """ΔW of one matrix of a stack along dimension 0, of its `factors_of`: `weight_delta()[index]`."""
+        delta = rows @ right
+        if self.columns is not None:
+            whole = delta.new_zeros(self.site.in_features, self.site.weight_out_features)
+            delta = whole.index_add(-1, self.columns, delta)
+        return self.site.from_expert(delta)
+
     def exact(self) -> Self:
         """A detached float64 copy in eval mode on the same device: what folding and exporting compute with.
 

@@ -10,7 +10,7 @@ import copyreg
 import importlib
 import linecache
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from torch import Tensor, fx, nn
 
@@ -19,6 +19,7 @@ from lora2fx.eager import two_forms
 from lora2fx.errors import RewriteError
 from lora2fx.insert import Insert
 from lora2fx.passes.recurrent import FLAT_WEIGHTS
+from lora2fx.passes.stacks import read_merged
 from lora2fx.program import drop_attribute, keep_attribute
 
 GRAPH = "_lora2fx_graph"
@@ -33,8 +34,8 @@ class Recipe:
     """What an adapted class is made of beside its base: plain strings, so that it can be pickled.
 
     `source` is the generated forward (None: the base's own) and `imports` its globals as (name, module,
-    attribute). `merged` lists (parameter, adapters): reading the parameter gives W + ΔW. `eager` is a second forward,
-    source and imports, for training op by op (see `lora2fx.eager`), with the adapters `children` in it.
+    attribute). `merged` lists (parameter, adapters): reading the parameter gives W + ΔW (see `passes.stacks`). `eager`
+    is a second forward, source and imports, for training op by op (see `lora2fx.eager`), with `children` in it.
     """
 
     source: str | None = None
@@ -122,12 +123,7 @@ def _merged_weight(parameter: str, children: tuple[str, ...]) -> property:
     def merged(self: nn.Module) -> Tensor:
         weight = self._parameters[parameter]
         assert weight is not None
-        total: Tensor = weight
-        for child in children:
-            adapter = self._modules[child]
-            assert isinstance(adapter, Adapter)
-            total = total + adapter.weight_delta().type_as(weight)
-        return total
+        return read_merged(weight, [cast(Adapter, self._modules[child]) for child in children])
 
     return property(merged, doc=f"{parameter} + ΔW")
 
