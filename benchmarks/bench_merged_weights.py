@@ -1,8 +1,9 @@
 """What the `property` rewrite costs, and what a lazy W + ΔW would: expert stacks and torch's attention, one step.
 
-`base` is the frozen model, `property` ours: every read gives W + ΔW, materialised. `low rank` is what a tensor that
-stays low-rank through indexing, chunk and linear could reach at best, written by hand: x W + (x left) right for each
-expert, or for the fused in_proj. Process time of forward and backward on one thread, variants in turn, medians.
+`base` is the frozen model, `property` ours: a read gives W + ΔW, of a stack only the expert's that is asked for
+(`passes/stacks.py`). `low rank` is what a tensor that stays low-rank through indexing, chunk and linear could reach at
+best, written by hand: x W + (x left) right for each expert, or for the fused in_proj. Process time of forward and
+backward on one thread, variants in turn, medians.
 
 python benchmarks/bench_merged_weights.py [--rounds 7] [--write]    # benchmarks/results/merged_weights.json
 """

@@ -185,14 +185,23 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, read: _Read, *tensors: Tensor) -> Tensor:
-        ctx.read = read
-        ctx.save_for_backward(*tensors)
+        # Not saved for the backward: a hook that moves what is saved elsewhere would move the whole frozen stack.
+        ctx.read, ctx.tensors, ctx.versions = read, tensors, _versions(tensors)
         return LazyStack.of(read)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if _versions(ctx.tensors) != ctx.versions:
+            raise RuntimeError(
+                f"{ctx.read.adapters[0].site.weight} or a factor of its adapter was changed in place between a read and"
+                " the read's gradient: take the optimizer's step after the backward."
+            )
         needed = ctx.needs_input_grad[1:]
-        wanted = [tensor for tensor, needs in zip(ctx.saved_tensors, needed, strict=True) if needs]
+        wanted = [tensor for tensor, needs in zip(ctx.tensors, needed, strict=True) if needs]
         found = iter(torch.autograd.grad(ctx.read.whole(), wanted, grad, allow_unused=True))
         return (None, *(next(found) if needs else None for needs in needed))
+
+
+def _versions(tensors: Sequence[Tensor]) -> list[int]:
+    return [tensor._version for tensor in tensors if tensor.requires_grad]

@@ -194,6 +194,16 @@ def test_a_custom_function_gets_the_values_and_gives_the_gradients():
     same(found, expected)
 
 
+def test_a_gradient_after_the_step_is_refused():
+    model, _ = adapted()
+    product = Scaled.apply(torch.ones(3, 2, 8, dtype=torch.float64), model.up)
+    with torch.no_grad():
+        adapters_of(model)[0].A.mul_(2)
+        adapters_of(model)[1].A.mul_(2)
+    with pytest.raises(RuntimeError, match="up or a factor of its adapter was changed in place between a read and"):
+        product.sum().backward()
+
+
 def test_a_read_keeps_the_modes_that_it_was_made_under():
     model, _ = adapted()
     lazy, whole_read = model.up, whole(model, "up")
@@ -243,7 +253,7 @@ def test_what_looks_between_gets_the_whole():
     assert set(kinds) == {torch.Tensor} and len(kinds) == 3
 
 
-def test_export_and_compile_see_the_whole():
+def test_export_sees_the_whole():
     model, x = adapted()
     expected = model(x)
     model.index = int
@@ -278,3 +288,31 @@ def test_a_fold_gives_the_same_outputs():
     expected = model(x)
     lora2fx.fold(model)
     torch.testing.assert_close(model(x), expected, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", ["Mixtral", "Qwen3Moe"])
+def test_no_stack_is_made_in_the_experts_of_transformers(name, made):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "moe_intermediate_size": 24, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 32}
+    experts = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = getattr(transformers, f"{name}Config")(**sizes, **heads, **experts)
+        config._experts_implementation = "eager"
+        model = getattr(transformers, f"{name}Model")(config).double().eval()
+        ids = torch.randint(32, (2, 6))
+        lora2fx.transform(model, ["role:ffn"], LoRA(r=2), example_inputs=(ids,), seed=0)
+        model.double()
+        found = [a for a in adapters_of(model) if a.site.batch_shape]
+        assert len(found) >= 2 and {a.rewrite for a in found} == {"property"}
+        for adapter in adapters_of(model):
+            for factor in adapter.parameters():
+                nn.init.normal_(factor, std=0.1)
+    made.clear()
+    out = model(ids).last_hidden_state
+    out.square().sum().backward()
+    assert not made
+    assert all(factor.grad.any() for adapter in found for factor in adapter.parameters())
+    lora2fx.fold(model)
+    torch.testing.assert_close(model(ids).last_hidden_state, out, rtol=1e-12, atol=1e-12)
