@@ -24,7 +24,7 @@ from lora2fx.adapter import Adapter
 _METADATA = frozenset(
     {
         *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout", "requires_grad")),
-        *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.stride, Tensor.is_floating_point, Tensor.__len__),
+        *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.__len__),
     }
 )
 """What the stack answers as it is, without values."""
@@ -132,11 +132,10 @@ class LazyStack(Tensor):
 
     @classmethod
     def of(cls, read: _Read) -> LazyStack:
-        """What stands for the weight of this read, in its shape, dtype and strides."""
+        """What stands for the weight of this read: one NaN in its shape, for what takes the memory as it is."""
         weight = read.weight
-        lazy: LazyStack = Tensor._make_wrapper_subclass(
-            cls, weight.shape, strides=weight.stride(), dtype=weight.dtype, device=weight.device
-        )
+        nothing = torch.full((), torch.nan, dtype=weight.dtype, device=weight.device).expand(weight.shape)
+        lazy: LazyStack = Tensor._make_subclass(cls, nothing)
         lazy._read, lazy._total = read, None
         return lazy
 
