@@ -61,6 +61,13 @@ class TestTargets:
         with pytest.raises(TargetError, match=r"'vlaue' matches none.*Did you mean 'value'"):
             lora2fx.transform(bert(), ["query", "vlaue"], lora2fx.LoRA())
 
+    def test_what_a_weight_does_in_place_of_its_name(self):
+        with pytest.raises(ValueError, match="not found in the base model"):
+            peft.get_peft_model(bert(), peft.LoraConfig(target_modules=["ffn.down"]))
+        own = lora2fx.transform(bert(), ["ffn.down"], lora2fx.LoRA())
+        adapted = {site["weight"] for site in lora2fx.report(own).sites if site["rewrite"]}
+        assert adapted == {f"bert.encoder.layer.{i}.output.dense.weight" for i in range(2)}
+
     def test_the_query_of_a_fused_weight(self):
         small = GPT2Config(
             n_layer=1, n_embd=16, n_head=2, vocab_size=50, n_positions=32, bos_token_id=0, eos_token_id=0
