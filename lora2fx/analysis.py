@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from lora2fx.dataflow.recording import Recording
+from lora2fx.dataflow.sharing import Groups
 from lora2fx.errors import InputsError, Lora2fxError
 from lora2fx.inputs import ExampleInputs, Inputs, as_inputs, synthesise
 from lora2fx.passes.recurrent import recurrent_sites
@@ -22,13 +23,17 @@ from lora2fx.synthesis import is_pretrained
 
 @dataclass(frozen=True)
 class ModelAnalysis:
-    """Every site of a model, every other weight with the reason, and the inputs that showed it (None: none could)."""
+    """Every site of a model, every other weight with the reason, and the inputs that showed it (None: none could).
+
+    `shared` are weights that the recorded forward multiplies with one activation.
+    """
 
     sites: tuple[Site, ...]
     rest: dict[str, str]
     inputs: Inputs | None = None
     outside_reads: frozenset[str] = frozenset()
     ties: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    shared: Groups = ()
 
 
 def tied_weights(model: nn.Module) -> dict[str, tuple[str, ...]]:
@@ -88,7 +93,7 @@ def analyse(model: nn.Module, example_inputs: ExampleInputs | None, roles_needed
             f"{type(model).__name__}'s forward ran on the example inputs, but no weight of two or more dimensions met"
             " an activation in it. Pass example_inputs that take the path you train."
         )
-    return ModelAnalysis(sites, rest, inputs, recording.outside_reads, tied_weights(model))
+    return ModelAnalysis(sites, rest, inputs, recording.outside_reads, tied_weights(model), found.shared)
 
 
 def _rescaled(model: nn.Module, weight: str) -> str | None:

@@ -7,10 +7,11 @@ from typing import Any
 from torch import nn, optim
 from torch.amp import GradScaler
 
-from lora2fx.program import program_of
+from lora2fx.program import Program, program_of
 from lora2fx.training.acceptance import refuse_partitioned
 from lora2fx.training.driver import Attachment
 from lora2fx.training.groups import parameter_groups
+from lora2fx.training.sharing import Shared
 
 
 def param_groups(
@@ -49,7 +50,7 @@ def attach(
     optimizer: optim.Optimizer,
     total_steps: int,
     scaler: GradScaler | None = None,
-    share_inputs: bool = False,
+    share_inputs: bool = True,
 ) -> Attachment:
     """Drive the adapters of `model` from `optimizer`'s steps; nothing else in the training loop changes.
 
@@ -58,8 +59,8 @@ def attach(
     adapters are. Gradients may have any float dtype; penalty, importance and masks are float32 or float64 and bool,
     on the adapters' devices.
 
-    `share_inputs` computes sites that read the same x, as query, key and value do, together from the second step on:
-    fewer operations, but a resumed run, whose first step is its own, then repeats another to rounding only.
+    `share_inputs` computes linear layers together that were seen to read the same x when the model was transformed, as
+    query, key and value do; where x turns out to be another one in training, each by itself.
 
     Raises `AdapterError` (no adapters, attached already, adapter parameters missing from the optimizer or held in
     parts that can't be scored) and `ScheduleError` (a schedule that doesn't fit `total_steps`, an optimizer that
@@ -83,4 +84,12 @@ def attach(
     """
     program = program_of(model, "attach")
     refuse_partitioned(model)
-    return Attachment(program.adapters, program.method.training(), optimizer, total_steps, scaler, share_inputs)
+    shared = _shared(program) if share_inputs else ()
+    return Attachment(program.adapters, program.method.training(), optimizer, total_steps, scaler, shared)
+
+
+def _shared(program: Program) -> Shared:
+    """Linear layers that read one input, with their adapters."""
+    owners = {a.site.weight: (a, program.root.get_submodule(a.site.owner)) for a in program.adapters.values()}
+    groups = [[owners[weight] for weight in group if weight in owners] for group in program.record.shared]
+    return [{adapter: owner for adapter, owner in group if isinstance(owner, nn.Linear)} for group in groups]

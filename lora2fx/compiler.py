@@ -221,7 +221,7 @@ def transform(
     trainable = frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad)
     with all_or_nothing(model):
         reference = reference_outputs(model, found.inputs) if verify and found.inputs is not None else None
-        record = Record(method, trainable, saved, originals(model, saved))
+        record = Record(method, trainable, saved, originals(model, saved), shared=found.shared)
         record.skipped, record.coverage = _skipped(found, sites, saved), coverage(free, sites)
         if isinstance(method, Baseline):
             with _seeded(seed):

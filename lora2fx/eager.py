@@ -8,8 +8,8 @@ The *eager* form is for training op by op. While an `Attachment` drives the adap
 handful of operations once a step (see `training.bank`), ΔW = Aᵀ B with A (k, in) and B (k, out), so that a site costs
 two small products more than the frozen layer. Plain float tensors without autocast go through `training.products`:
 where x is small by torch's own derivatives, else by one function that makes x again in the backward, rather than keep
-it, where it can (`training.rebuilding`); sites that read the same x are computed
-together where `attach` is asked for it (`training.sharing`).
+it, where it can (`training.rebuilding`); sites that were seen to read the same x
+when the model was transformed are computed together (`training.sharing`).
 Whatever else comes along (autocast, weights that train, quantised ones) takes the folded factors as they are.
 
 The regulariser's gradient is added in closed form to stacks of gradients, where they are plain tensors without a loss

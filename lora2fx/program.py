@@ -59,7 +59,8 @@ class Record:
     `trained` are the model's own parameters that a baseline trains, by name. `originals` are the values before
     training of these and of everything in `modules_to_save`; `untied` the Parameters that
     adapted weights were tied to, by weight, and `tied_config` what the config said then.
-    `coverage` says where only some of repeated blocks were matched.
+    `coverage` says where only some of repeated blocks were matched; `shared` which weights were seen to meet one
+    activation.
     """
 
     method: Method | Baseline
@@ -72,6 +73,7 @@ class Record:
     verify: dict[str, Any] = field(default_factory=dict)
     skipped: tuple[dict[str, Any], ...] = ()
     coverage: list[str] = field(default_factory=list)
+    shared: tuple[tuple[str, ...], ...] = field(default=(), kw_only=True)
 
 
 @dataclass(frozen=True)

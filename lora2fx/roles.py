@@ -18,6 +18,7 @@ from lora2fx.dataflow.feedforward import FeedForwardRoles
 from lora2fx.dataflow.graph import Dataflow
 from lora2fx.dataflow.ops import is_softmax
 from lora2fx.dataflow.recording import INPUT, Recording
+from lora2fx.dataflow.sharing import Groups, shared_inputs
 from lora2fx.dataflow.weights import Use, Weights
 from lora2fx.errors import InputsError
 from lora2fx.site import Site
@@ -28,12 +29,13 @@ class Analysis:
     """The sites of a model, and for each other weight of two or more dimensions the reason why it is none.
 
     `tied` holds all names of each parameter that has several, by its first. A tied weight's site has the name under
-    which the module that multiplies by it holds it.
+    which the module that multiplies by it holds it. `shared` are weights that meet one activation.
     """
 
     sites: tuple[Site, ...]
     rest: dict[str, str]
     tied: dict[str, tuple[str, ...]]
+    shared: Groups = ()
 
 
 @dataclass(frozen=True)
@@ -160,4 +162,4 @@ def find_sites(model: nn.Module, recording: Recording) -> Analysis:
             sites += _sites(recording, name, uses[name], claims, note)
         elif parameter.dim() >= 2 and not any(other in uses for other in others) and name == first:
             rest[name] = _reason(weights, values.get(name), undecided)
-    return Analysis(tuple(sites), rest, recording.tied)
+    return Analysis(tuple(sites), rest, recording.tied, shared_inputs(weights))

@@ -112,7 +112,7 @@ def test_three_sites_that_share_their_input_cost_fourteen_operations(size, monke
             lora2fx.transform(model, ["layers.*"], METHOD, **arguments)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
         if adapt:
-            lora2fx.attach(model, optimizer, total_steps=100, share_inputs=True)
+            lora2fx.attach(model, optimizer, total_steps=100)
         return counts(model.train(), optimizer)[0]
 
     few, many = (operations(rows, True) - operations(rows, False) for rows in (2, 6))

@@ -51,7 +51,7 @@ def attached():
             for parameter in adapter.parameters():
                 parameter.copy_(torch.randn(parameter.shape, dtype=torch.float64) / 3)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
-    lora2fx.attach(model, optimizer, total_steps=100, share_inputs=True)
+    lora2fx.attach(model, optimizer, total_steps=100)
     return model.train(), optimizer
 
 
@@ -88,15 +88,39 @@ def source(model):
 
 
 @OWN
-def test_query_key_and_value_are_one_product_from_the_second_step_on(size, monkeypatch):
+def test_query_key_and_value_are_one_product_from_the_first_step_on(size, monkeypatch):
     monkeypatch.setattr(products, "SMALL", size)
     model, optimizer = attached()
-    agree(model)
-    assert source(model)._sharing.teams == []
     for _ in range(3):
-        step(model, optimizer)
         agree(model)
         assert source(model)._sharing.teams == [[0, 1, 2]]
+        step(model, optimizer)
+
+
+def test_each_is_computed_by_itself_where_that_is_asked_for_or_nothing_was_recorded():
+    model = Attention().double()
+    lora2fx.transform(model, ["name:query", "name:key", "name:value"], METHOD)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    lora2fx.attach(model.train(), optimizer, total_steps=100)
+    gradients(model)
+    assert source(model)._sharing.teams == []
+    model, optimizer = attached()
+    vars(optimizer)["_optimizer_step_post_hooks"].popitem()[1].__self__.detach()
+    lora2fx.attach(model, optimizer, total_steps=100, share_inputs=False)
+    gradients(model)
+    assert source(model)._sharing.teams == []
+
+
+def test_a_resumed_run_ends_in_the_same_bits():
+    whole, optimizer = attached()
+    step(whole, optimizer)
+    model, again = attached()
+    model.load_state_dict(whole.state_dict())
+    step(whole, optimizer)
+    step(model, again)
+    assert source(model)._sharing.teams == source(whole)._sharing.teams == [[0, 1, 2]]
+    for a, b in zip(whole.state_dict().values(), model.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
 
 
 @OWN

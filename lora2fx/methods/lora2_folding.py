@@ -22,7 +22,7 @@ from lora2fx.training.bank import Folding
 from lora2fx.training.folded import Folded, Stacks, Use
 
 NAMES = ("u", "v", "lam", "U", "V")
-READS = (*NAMES, "mask", "column_mask")
+MASKS = ("mask", "column_mask")
 
 
 @dataclass(frozen=True)
@@ -209,4 +209,4 @@ class _Together:
 def lora2_folding(penalty: ClosedPenalty | None) -> Folding:
     """How LoRA2's adapters are folded, and regularised, all at once."""
     names = () if penalty is None else ("u", "v", "U", *(("V",) if penalty.regularises_V else ()))
-    return Folding(READS, _Together, penalty, names)
+    return Folding(NAMES, MASKS, _Together, penalty, names)

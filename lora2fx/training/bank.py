@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from itertools import pairwise
+from operator import attrgetter, is_
+from typing import NamedTuple, Protocol
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -12,18 +15,21 @@ from torch import Tensor
 from lora2fx.adapter import Adapter
 from lora2fx.eager import connect, disconnect
 from lora2fx.sharding import is_sharded
-from lora2fx.training.folded import Folded, Stacks, Use
-from lora2fx.training.products import Layer, added_products
-from lora2fx.training.sharing import Sharing
+from lora2fx.training.folded import Cuts, Folded, Stacks, Use
+from lora2fx.training.products import Layer, added_products, is_frozen
+from lora2fx.training.sharing import Member, Shared, Sharing
 
-_Seen = tuple[tuple[dict[str, Tensor | None], str, Tensor | None, int], ...]
+_version = attrgetter("_version")
 
 
 class Together(Protocol):
     """Folds the adapters that it was made for, again and again."""
 
     def __call__(self) -> list[tuple[list[int], Folded]]:
-        """Those that are folded together, by index, and what became of them: ΔW = Aᵀ B."""
+        """Those that are folded together, by index, and what became of them: ΔW = Aᵀ B.
+
+        As long as the same are folded together in the same order, `Folded.places` is the same object.
+        """
 
     def uses(self) -> list[Use]:
         """How those that are folded together are stacked, without folding them."""
@@ -33,20 +39,16 @@ class Together(Protocol):
 class Folding:
     """How a method folds many adapters in a handful of operations.
 
-    `reads` names the parameters and buffers that it reads. `penalise` adds the gradient of the method's penalty to
-    that of adapters folded together, out of how many matrices in all, and returns the penalty's value: what the
-    method's own `penalty`, the reference, is for any adapters; `penalised` names the parameters that it is of.
+    `reads` names the parameters, and `masks` the buffers, that it reads. `penalise` adds the gradient of the method's
+    penalty to that of adapters folded together, out of how many matrices in all, and returns the penalty's value: what
+    the method's own `penalty`, the reference, is for any adapters; `penalised` names the parameters that it is of.
     """
 
     reads: tuple[str, ...]
+    masks: tuple[str, ...]
     together: Callable[[Sequence[Adapter]], Together]
     penalise: Callable[[Use, Stacks, int], Tensor] | None = None
     penalised: tuple[str, ...] = ()
-
-
-def _held(adapter: Adapter, name: str) -> dict[str, Tensor | None]:
-    held: dict[str, Tensor | None] = adapter._parameters if name in adapter._parameters else adapter._buffers  # type: ignore[assignment]
-    return held
 
 
 def is_eager(adapter: Adapter) -> bool:
@@ -55,31 +57,51 @@ def is_eager(adapter: Adapter) -> bool:
     return adapter.rewrite == "activation" and not site.batch_shape and site.columns is None and adapter.dropout is None
 
 
-def _is_plain(tensor: Tensor) -> bool:
-    return type(tensor) in (Tensor, torch.nn.Parameter) and not tensor.requires_grad
+class _Folds(NamedTuple):
+    """One adapter's part in a folding: its B (k, out), the piece of a stack that holds its A (k, in), from `start` on.
+
+    `tensors` and `versions` are what was folded.
+    """
+
+    folded: Folded
+    place: int
+    b: Tensor
+    piece: Tensor
+    start: int
+    tensors: tuple[Tensor, ...]
+    versions: tuple[int, ...]
+
+    def a(self) -> Tensor:
+        """Its A (k, in)."""
+        k = self.b.shape[0]
+        return self.piece if self.piece.shape[0] == k else self.piece[self.start : self.start + k]
 
 
 class Bank:
     """The folded factors of all adapters that have an eager form; folded anew once one that is asked for changed.
 
     A change is seen by torch's version counters, which a write through `.data` and a fused optimizer pass by: `expire`
-    says so after every step.
+    says so after every step. `shared` are adapters whose layers are computed together.
     """
 
     def __init__(
-        self, adapters: Sequence[Adapter], folding: Folding | None, share_inputs: bool = False, rebuild: bool = True
+        self, adapters: Sequence[Adapter], folding: Folding | None, shared: Shared = (), rebuild: bool = True
     ) -> None:
         self._rebuild, self._attached = rebuild, len(adapters)
         plain = folding is not None and not any(map(is_sharded, adapters))
         self._adapters = tuple(filter(is_eager, adapters)) if plain else ()
         if folding is not None and self._adapters:
-            self._fold, self._reads = folding.together(self._adapters), folding.reads
+            self._fold, self._reads, self._masks = folding.together(self._adapters), folding.reads, folding.masks
         self._groups: list[tuple[list[int], Folded]] = []
-        self._places: list[tuple[Folded, int]] = []
-        self._pieces: dict[int, tuple[Tensor, int]] = {}
-        self._seen: list[_Seen] = []
-        self._sharing = Sharing(self._side_by_side, learn=share_inputs)
+        self._folds: list[_Folds] = []
+        self._laid: list[tuple[tuple[int, int], ...]] = []
+        self._cuts: list[Cuts] = []
+        self._sharing = Sharing(self._members(shared))
         connect(self._adapters, self)
+
+    def _members(self, shared: Shared) -> list[list[Member]]:
+        numbers = {adapter: index for index, adapter in enumerate(self._adapters)}
+        return [[Member(numbers[a], ref(layer)) for a, layer in own.items() if a in numbers] for own in shared]
 
     def close(self) -> None:
         """The sites go back to the functional form."""
@@ -88,15 +110,16 @@ class Bank:
 
     def expire(self) -> None:
         """Forget what was folded."""
-        self._sharing.settle()
-        self._groups, self._places, self._pieces, self._seen = [], [], {}, []
+        if self._sharing.settle():
+            self._laid = []
+        self._groups, self._folds = [], []
 
     def uses(self) -> list[Use] | None:
         """What became of the adapters' folding, where their gradients are still stacked as it left them.
 
         None where some have no eager form, or got no gradient, or another one.
         """
-        if not self._places or len(self._adapters) < self._attached:
+        if not self._folds or len(self._adapters) < self._attached:
             return None
         uses = [folded.use for _, folded in self._groups]
         return uses if all(use.is_held() for use in uses) else None
@@ -110,79 +133,77 @@ class Bank:
 
     def factors(self, index: int) -> tuple[Tensor, Tensor]:
         """A (k, in) and B (k, out) of one adapter, with their gradients' way to its parameters."""
-        folded, place = self._place(index)
-        folded.use.read.add(place)
-        return self._own(index), folded.b[place]
+        own = self._current(index)
+        own.folded.use.read.add(own.place)
+        return own.a(), own.b
 
     def product(self, index: int, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
         """x Wᵀ + b + (x Aᵀ) B; None where W or b trains, or is no plain tensor of the factors' dtype."""
-        folded, place = self._place(index)
-        b = folded.b[place]
-        if not (x.dtype == weight.dtype == b.dtype and _is_plain(weight) and (bias is None or _is_plain(bias))):
+        own = self._current(index)
+        folded, b = own.folded, own.b
+        if x.dtype != b.dtype or not is_frozen(weight, bias, x):
             return None
-        folded.use.read.add(place)
+        folded.use.read.add(own.place)
         layer = Layer(index, weight, bias)
         known = self._sharing.take(x, layer, folded)
         if known is not None:
             return known
         layers = self._sharing.team(x, layer)
         if len(layers) == 1:
-            return added_products(x, layers, self._own(index), (b,), self._rebuild)[0]
-        right = [folded.b[self._places[own.index][1]] for own in layers]
-        found = added_products(x, layers, self._pieces[index][0], right, self._rebuild)
+            return added_products(x, layers, own.a(), (b,), self._rebuild)[0]
+        right = [self._folds[member.number].b for member in layers]
+        found = added_products(x, layers, own.piece, right, self._rebuild)
         return self._sharing.keep(x, layers, found, index, folded)
 
-    def _own(self, index: int) -> Tensor:
-        """A (k, in) of one adapter."""
-        (piece, start), (folded, place) = self._pieces[index], self._places[index]
-        k = len(folded.b[place])
-        return piece if len(piece) == k else piece[start : start + k]
-
-    def _place(self, index: int) -> tuple[Folded, int]:
-        if not self._places or self._changed(index):
+    def _current(self, index: int) -> _Folds:
+        if not self._folds or self._changed(index):
             self._refresh()
-        return self._places[index]
-
-    def _side_by_side(self, indices: Sequence[int]) -> bool:
-        first, place = self._places[indices[0]]
-        stack, start = first.places[place]
-        wanted = [(stack, start + offset) for offset in range(len(indices))]
-        return all(self._places[index][0] is first for index in indices) and wanted == [
-            first.places[self._places[index][1]] for index in indices
-        ]
+        return self._folds[index]
 
     def _changed(self, index: int) -> bool:
-        for held, name, tensor, version in self._seen[index]:
-            now = held[name]
-            if now is not tensor or (now is not None and now._version != version):
-                return True
-        return False
+        now, known = self._read(self._adapters[index]), self._folds[index]
+        return not all(map(is_, now, known.tensors)) or tuple(map(_version, now)) != known.versions
+
+    def _read(self, adapter: Adapter) -> tuple[Tensor, ...]:
+        parameters, buffers = adapter._parameters.__getitem__, adapter._buffers.__getitem__
+        return (*map(parameters, self._reads), *map(buffers, self._masks))  # type: ignore[arg-type]
 
     def _refresh(self) -> None:
         with torch.autocast(self._adapters[0].progress.device.type, enabled=False):
             self._groups = self._fold()
-        self._places = self._positions()
-        self._pieces = self._cut()
-        self._seen = [self._versions(adapter) for adapter in self._adapters]
+        laid = [folded.places for _, folded in self._groups]
+        if len(laid) != len(self._laid) or not all(map(is_, laid, self._laid)):
+            self._lay_out()
+            self._laid = laid
+        folds = dict[int, _Folds]()
+        for (indices, folded), cuts in zip(self._groups, self._cuts, strict=True):
+            for place, (index, (piece, start)) in enumerate(zip(indices, folded.pieces(cuts), strict=True)):
+                tensors = self._read(self._adapters[index])
+                versions = tuple(map(_version, tensors))
+                folds[index] = _Folds(folded, place, folded.b[place], piece, start, tensors, versions)
+        self._folds = [folds[index] for index in range(len(self._adapters))]
 
-    def _positions(self) -> list[tuple[Folded, int]]:
-        found = {i: (folded, place) for indices, folded in self._groups for place, i in enumerate(indices)}
-        return [found[index] for index in range(len(self._adapters))]
-
-    def _cut(self) -> dict[int, tuple[Tensor, int]]:
-        """The stacks of A in pieces: sites that share their input have one together."""
-        found = dict[int, tuple[Tensor, int]]()
+    def _lay_out(self) -> None:
+        """Which sites are computed together, and how the stacks of A are cut for that: the same from step to step."""
+        self._sharing.form(self._side_by_side)
+        self._cuts = []
         for indices, folded in self._groups:
             own = {index: place for place, index in enumerate(indices)}
             teams = [[own[index] for index in team] for team in self._sharing.teams if team[0] in own]
-            pieces = folded.pieces(teams)
-            found |= {index: pieces[place] for index, place in own.items()}
-        return found
+            self._cuts.append(folded.cuts(teams))
 
-    def _versions(self, adapter: Adapter) -> _Seen:
-        found = []
-        for name in self._reads:
-            held = _held(adapter, name)
-            tensor = held[name]
-            found.append((held, name, tensor, -1 if tensor is None else tensor._version))
-        return tuple(found)
+    def _side_by_side(self, indices: Sequence[int]) -> list[list[int]]:
+        """The sites, in order, in parts whose A lie one behind the other in one stack."""
+        where = {
+            index: (group, *folded.places[place])
+            for group, (own, folded) in enumerate(self._groups)
+            for place, index in enumerate(own)
+        }
+        parts = [[indices[0]]] if indices else []
+        for before, index in pairwise(indices):
+            group, stack, row = where[before]
+            if where[index] == (group, stack, row + 1):
+                parts[-1].append(index)
+            else:
+                parts.append([index])
+        return parts

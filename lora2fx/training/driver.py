@@ -33,6 +33,7 @@ from lora2fx.training.progress import (
     schedule_status,
     set_total,
 )
+from lora2fx.training.sharing import Shared
 from lora2fx.training.slots import Step, Training
 from lora2fx.training.state import load_buffers, save_buffers
 
@@ -74,7 +75,8 @@ class Attachment:
 
     `scaler` is the loop's `GradScaler`, if it has one: an unfused optimizer isn't called on overflow, and such steps
     must be counted too. `evaluate` is for methods that score on a validation batch (ALoRA): set it to a function that
-    returns -loss. `stepped` counts how often this process' optimizer was called.
+    returns -loss. `shared` are layers that read one input, to be computed together. `stepped` counts how often this
+    process' optimizer was called.
     """
 
     def __init__(
@@ -84,7 +86,7 @@ class Attachment:
         optimizer: Optimizer,
         total_steps: int,
         scaler: GradScaler | None = None,
-        share_inputs: bool = False,
+        shared: Shared = (),
     ) -> None:
         self.adapters = adapter_list(adapters)
         self.training = training
@@ -109,16 +111,16 @@ class Attachment:
         self._withheld: list[tuple[Tensor, Tensor | None]] = []
         self._idle = False
         self._penalty: Tensor | None = None
-        self._attach(scaler, share_inputs)
+        self._attach(scaler, shared)
 
-    def _attach(self, scaler: GradScaler | None, share_inputs: bool) -> None:
+    def _attach(self, scaler: GradScaler | None, shared: Shared) -> None:
         if self.step == 0:
             for allocator in self.training.allocators:
                 allocator.begin(self.adapters, self.total_steps)
         set_total(self._counters, self.total_steps)
         for adapter in self.adapters:
             _ATTACHED[adapter] = ref(self)
-        self._bank = Bank(self.adapters, self.training.folding, share_inputs)
+        self._bank = Bank(self.adapters, self.training.folding, shared)
         self._undo = [
             self.optimizer.register_step_pre_hook(self._before).remove,
             self.optimizer.register_step_post_hook(self._after).remove,

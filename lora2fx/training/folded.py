@@ -90,6 +90,14 @@ def _are_rows(parameters: Sequence[Tensor], stack: Tensor) -> bool:
 
 
 @dataclass(frozen=True)
+class Cuts:
+    """The rows of each piece of each stack of A; by adapter its stack, its piece of it, and the row where it starts."""
+
+    sizes: tuple[tuple[int, ...], ...]
+    places: tuple[tuple[int, int, int], ...]
+
+
+@dataclass(frozen=True)
 class Folded:
     """Adapters folded together, by their index among them.
 
@@ -102,16 +110,18 @@ class Folded:
     b: tuple[Tensor, ...]
     use: Use
 
-    def pieces(self, teams: Iterable[Sequence[int]]) -> dict[int, tuple[Tensor, int]]:
-        """By adapter: a piece of its stack, and where in it its A (k, in) starts. A team's A, side by side, are one."""
+    def cuts(self, teams: Iterable[Sequence[int]]) -> Cuts:
+        """How the stacks are cut: the A of a team, side by side, stay one piece."""
         k = self.b[0].shape[0]
         ends = {self.places[team[-1]]: len(team) for team in teams}
-        sizes = [[1] * (len(a) // k) for a in self.a]
+        counts = [[1] * (len(a) // k) for a in self.a]
         for (stack, place), members in ends.items():
-            sizes[stack][place - members + 1 : place + 1] = [members] + [0] * (members - 1)
-        found: list[list[tuple[Tensor, int]]] = []
-        for a, own in zip(self.a, sizes, strict=True):
-            counts = [size for size in own if size]
-            parts = zip(a.split([k * count for count in counts]), counts, strict=True)
-            found.append([(part, k * offset) for part, count in parts for offset in range(count)])
-        return {index: found[stack][place] for index, (stack, place) in enumerate(self.places)}
+            counts[stack][place - members + 1 : place + 1] = [members] + [0] * (members - 1)
+        sizes = tuple(tuple(count * k for count in own if count) for own in counts)
+        found = [[(piece, start) for piece, size in enumerate(own) for start in range(0, size, k)] for own in sizes]
+        return Cuts(sizes, tuple((stack, *found[stack][place]) for stack, place in self.places))
+
+    def pieces(self, cuts: Cuts) -> list[tuple[Tensor, int]]:
+        """By adapter: a piece of its stack, and the row in it where its A (k, in) starts."""
+        parts = [a.split(sizes) for a, sizes in zip(self.a, cuts.sizes, strict=True)]
+        return [(parts[stack][piece], start) for stack, piece, start in cuts.places]

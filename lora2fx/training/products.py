@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora2fx.training.rebuilding import Origin, origin_of
@@ -16,13 +15,23 @@ SMALL = 2**16
 """Elements of x up to which calls cost more than passes over memory."""
 
 
-@dataclass(frozen=True)
-class Layer:
+class Layer(NamedTuple):
     """A site: its number, its weight (out, in) and its bias."""
 
-    index: int
+    number: int
     weight: Tensor
     bias: Tensor | None
+
+
+def is_frozen(weight: Tensor, bias: Tensor | None, x: Tensor) -> bool:
+    """Whether weight and bias are plain tensors, of x's dtype and on its device, that don't train."""
+    return _is_plain(weight, x) and (bias is None or _is_plain(bias, x))
+
+
+def _is_plain(tensor: Tensor, x: Tensor) -> bool:
+    kind = type(tensor)
+    plain = (kind is nn.Parameter or kind is Tensor) and not tensor.requires_grad
+    return plain and tensor.dtype == x.dtype and tensor.device == x.device
 
 
 class AddedProducts(torch.autograd.Function):

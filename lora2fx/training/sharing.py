@@ -1,64 +1,50 @@
-"""Sites that read the same x, as query, key and value do: seen in one training step, computed together from then on.
+"""Sites that read the same x, as query, key and value do, computed together.
 
-Only where `attach(..., share_inputs=True)` asks for it: a resumed run has to see them again, in a step of its own.
-
-The first of them computes the outputs of all; the others find theirs when their turn comes, if it comes with the same
-x, weight and bias, none of them written to since. Where one came with anything else, or not at all, the team is
-given up after the step: nothing was lost but what had been computed ahead.
+Which do, the forward that `transform` recorded has shown, so that a run computes its first step like any other, and a
+resumed one ends in the same bits. The first of them to come computes the outputs of all; the others find theirs when
+their turn comes, if it comes with the same x, weight and bias, none of them written to since. Where one came with
+anything else, or not at all, the team is given up after the step: nothing was lost but what had been computed ahead.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 from weakref import ref
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from lora2fx.adapter import Adapter
 from lora2fx.training.folded import Folded
-from lora2fx.training.products import Layer
+from lora2fx.training.products import Layer, is_frozen
 
-SideBySide = Callable[[Sequence[int]], bool]
-
-
-class Same:
-    """Whether a tensor is still the one that it was, and unwritten since."""
-
-    __slots__ = ("_known", "_version")
-
-    def __init__(self, tensor: Tensor) -> None:
-        self._known, self._version = ref(tensor), tensor._version
-
-    def get(self) -> Tensor | None:
-        """The tensor, if it is."""
-        tensor = self._known()
-        return tensor if tensor is not None and tensor._version == self._version else None
+Shared = Sequence[Mapping[Adapter, nn.Linear]]
+"""Adapters whose layers read one x, with these layers, in the order of their turns."""
+Parts = Callable[[Sequence[int]], Iterable[Sequence[int]]]
 
 
-class _Known:
-    """A layer as it was, without keeping it alive."""
+class Member(NamedTuple):
+    """A site by its number, and the layer that it is of, not kept alive."""
 
-    __slots__ = ("_bias", "_weight", "index")
+    number: int
+    owner: ref[nn.Linear]
 
-    def __init__(self, layer: Layer) -> None:
-        self.index, self._weight = layer.index, Same(layer.weight)
-        self._bias = None if layer.bias is None else Same(layer.bias)
-
-    def get(self) -> Layer | None:
-        """The layer, if it is still the same, and frozen."""
-        weight, bias = self._weight.get(), None if self._bias is None else self._bias.get()
-        if weight is None or weight.requires_grad or (self._bias is not None and (bias is None or bias.requires_grad)):
-            return None
-        return Layer(self.index, weight, bias)
+    def layer(self, x: Tensor) -> Layer | None:
+        """The layer as it is now; None where it isn't one of frozen plain tensors of x's kind."""
+        owner = self.owner()
+        held = {} if owner is None else owner._parameters
+        weight, bias = held.get("weight"), held.get("bias")
+        return Layer(self.number, weight, bias) if weight is not None and is_frozen(weight, bias, x) else None
 
 
 class _Ahead(NamedTuple):
     """A layer's output computed ahead, and what it holds for; `hooks` tell blocks of gradient checkpointing apart."""
 
     output: Tensor
-    x: Same
-    layer: _Known
+    layer: Layer
+    x: ref[Tensor]
+    versions: tuple[int, ...]
     folded: Folded
     hooks: Any
 
@@ -67,92 +53,74 @@ def _hooks() -> Any:
     return torch._C._autograd._top_saved_tensors_default_hooks(True)
 
 
+def _versions(x: Tensor, layer: Layer) -> tuple[int, ...]:
+    bias = 0 if layer.bias is None else layer.bias._version
+    return x._version, layer.weight._version, bias
+
+
 class Sharing:
-    """Which sites share their input; `side_by_side` says whether sites can be computed together at all.
+    """Which sites are computed together: groups of `groups`, or the parts of them that can be."""
 
-    Without `learn` none does: every site is computed by itself.
-    """
-
-    def __init__(self, side_by_side: SideBySide, learn: bool) -> None:
-        self._side_by_side = side_by_side
-        self._learning = learn
-        self._last: Same | None = None
-        self._run: list[int] = []
-        self._runs: set[tuple[int, ...]] = set()
-        self._teams: dict[int, tuple[_Known, ...]] = {}
-        self._layers: dict[int, _Known] = {}
+    def __init__(self, groups: Sequence[Sequence[Member]]) -> None:
+        self._groups = groups
+        self._teams: dict[int, tuple[Member, ...]] = {}
         self._ahead: dict[int, _Ahead] = {}
         self._refused: set[int] = set()
 
     @property
     def teams(self) -> list[list[int]]:
         """The teams, each in its adapters' order."""
-        return [[known.index for known in team] for team in self._teams.values()]
+        return [[member.number for member in team] for team in self._teams.values()]
 
-    def team(self, x: Tensor, layer: Layer) -> list[Layer]:
+    def form(self, parts: Parts) -> None:
+        """Make teams of the groups: `parts` gives those of their sites that can be computed together, in order."""
+        self._teams = {}
+        for group in self._groups:
+            members = {member.number: member for member in group}
+            for part in parts(sorted(members)):
+                if len(part) > 1 and self._refused.isdisjoint(part):
+                    leader = next(index for index in members if index in part)
+                    self._teams[leader] = tuple(members[index] for index in part)
+
+    def team(self, x: Tensor, layer: Layer) -> Sequence[Layer]:
         """The layers to compute now, side by side: the one whose turn it is, and those that will read the same x."""
-        if self._learning:
-            self._learn(x, layer)
-            return [layer]
-        members = self._teams.get(layer.index)
+        members = self._teams.get(layer.number)
         if members is None:
-            return [layer]
-        found = [layer if known.index == layer.index else known.get() for known in members]
-        if any(other is None for other in found):
-            self._refused.add(layer.index)
-            return [layer]
-        return [other for other in found if other is not None]
+            return (layer,)
+        found = [layer if member.number == layer.number else member.layer(x) for member in members]
+        if None in found:
+            self._refused.add(layer.number)
+            return (layer,)
+        return found  # type: ignore[return-value]
 
     def keep(self, x: Tensor, layers: Sequence[Layer], outputs: Sequence[Tensor], own: int, folded: Folded) -> Tensor:
         """Remember what was computed ahead; the output of the site with the index `own`."""
-        same, hooks = Same(x), _hooks()
+        given, hooks = ref(x), _hooks()
         for layer, output in zip(layers, outputs, strict=True):
-            if layer.index == own:
+            if layer.number == own:
                 result = output
             else:
-                self._ahead[layer.index] = _Ahead(output, same, self._layers[layer.index], folded, hooks)
+                self._ahead[layer.number] = _Ahead(output, layer, given, _versions(x, layer), folded, hooks)
         return result
 
     def take(self, x: Tensor, layer: Layer, folded: Folded) -> Tensor | None:
         """What was computed ahead for this very call."""
-        ahead = self._ahead.pop(layer.index, None)
+        ahead = self._ahead.pop(layer.number, None)
         if ahead is None:
             return None
-        known = ahead.layer.get()
-        fits = known is not None and known.weight is layer.weight and known.bias is layer.bias
-        if fits and ahead.x.get() is x and ahead.folded is folded and ahead.hooks == _hooks():
+        same = ahead.layer.weight is layer.weight and ahead.layer.bias is layer.bias and ahead.x() is x
+        if same and ahead.folded is folded and ahead.versions == _versions(x, layer) and ahead.hooks == _hooks():
             return ahead.output
-        self._refused.add(layer.index)
+        self._refused.add(layer.number)
         return None
 
-    def settle(self) -> None:
-        """Between two steps: form the teams that were seen, give up those that failed, forget what was left over."""
-        self._end_run()
+    def settle(self) -> bool:
+        """Between two steps: forget what was left over, and give up teams that failed; whether there were any."""
         self._refused |= self._ahead.keys()
         self._ahead.clear()
-        if self._learning and self._runs:
-            self._learning = False
-            teams = filter(self._is_team, self._runs)
-            self._teams = {team[0]: tuple(self._layers[index] for index in sorted(team)) for team in teams}
-            self._layers = {known.index: known for team in self._teams.values() for known in team}
-        for leader, members in list(self._teams.items()):
-            if not self._refused.isdisjoint({known.index for known in members}):
-                del self._teams[leader]
-        self._refused.clear()
-
-    def _learn(self, x: Tensor, layer: Layer) -> None:
-        if self._last is None or self._last.get() is not x:
-            self._end_run()
-            self._last = Same(x)
-        self._run.append(layer.index)
-        self._layers[layer.index] = _Known(layer)
-
-    def _end_run(self) -> None:
-        if self._run:
-            self._runs.add(tuple(self._run))
-        self._run, self._last = [], None
-
-    def _is_team(self, run: tuple[int, ...]) -> bool:
-        """Whether the sites of a run were seen together only, once each, and can be computed together."""
-        alone = all(other == run or set(other).isdisjoint(run) for other in self._runs)
-        return alone and 1 < len(run) == len(set(run)) and self._side_by_side(sorted(run))
+        if not self._refused:
+            return False
+        failed = [leader for leader, team in self._teams.items() if any(m.number in self._refused for m in team)]
+        for leader in failed:
+            del self._teams[leader]
+        return bool(failed)
