@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,6 +29,24 @@ def whole(tensor: Tensor) -> Tensor:
         return tensor
     full: Tensor = tensor.full_tensor()  # type: ignore[attr-defined]
     return full
+
+
+def _holds_sharded(tensors: Iterable[Tensor]) -> bool:
+    """Whether any is a DTensor; one look at each kind."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and any(issubclass(kind, module.DTensor) for kind in set(map(type, tensors)))
+
+
+def all_whole(tensors: list[Tensor]) -> list[Tensor]:
+    """Each as `whole`; the list itself where none is sharded."""
+    return [whole(tensor) for tensor in tensors] if _holds_sharded(tensors) else tensors
+
+
+def all_like(tensors: list[Tensor], models: list[Tensor]) -> list[Tensor]:
+    """Each as `like` its model; the list itself where no model is sharded."""
+    if not _holds_sharded(models):
+        return tensors
+    return [like(tensor, model) for tensor, model in zip(tensors, models, strict=True)]
 
 
 def like(tensor: Tensor, model: Tensor) -> Tensor:

@@ -1,7 +1,6 @@
 """Verify a rewrite by running it: the base model where ΔW = 0, the folded model where it is not, and its gradients.
 
-Each in the modes that could make a difference: eval, eval with gradients, train, with one seed. The model is as before
-afterwards.
+All in the modes eval, eval with gradients, and train with one seed; the model is as before afterwards.
 """
 
 from __future__ import annotations
@@ -97,15 +96,14 @@ def verify_rewrites(program: Program, inputs: Inputs, reference: Reference) -> V
 
     base: ΔW = 0 gives the base's outputs, bit for bit. folded: random factors give a folded copy's outputs, within
     `TOLERANCE` of their size. gradient: each adapter then gets the gradient that its folded weight's gradient
-    gives it, not 0. masked: masks that are all False give the base's outputs again, bit for bit, in eval: adapters and
-    their masks know no mode.
+    gives it, not 0. masked: masks that are all False give the base's outputs again, bit for bit.
     On failure `failed` names the adapters to blame. The model is as before afterwards, also on an error.
 
     Raises `VerifyError` where the model can't be copied or starts with ΔW ≠ 0.
     """
     if wrong := _not_zero(program):
         raise VerifyError(
-            f"{shortened(wrong)}: ΔW is not 0 before training, so the method's adapters would change the model."
+            f"{', '.join(wrong[:5])}: ΔW is not 0 before training, so the method's adapters would change the model."
             " Start one factor or the gate at 0."
         )
     trial = Trial(program, inputs, reference)

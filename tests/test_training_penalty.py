@@ -139,7 +139,7 @@ def test_the_closed_form_is_the_reference(k, r, planes, form, init):
     expected = training.penalty(adapters)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
     for name in names:
-        for own, stack, old in zip(folded.use.factors(name), stacks[name], before[name], strict=True):
+        for own, stack, old in zip(folded.use.parameters[name], stacks[name], before[name], strict=True):
             wanted = torch.autograd.grad(expected, own, retain_graph=True, materialize_grads=True, allow_unused=True)
             torch.testing.assert_close(stack - old, torch.stack(wanted), rtol=1e-9, atol=1e-12)
 

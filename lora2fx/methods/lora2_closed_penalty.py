@@ -67,9 +67,9 @@ class ClosedPenalty:
         if self.form == "squared_sum":
             slope, size = torch.full_like(t, self.weight), t * self.weight
         else:
-            apart = is_apart(t)
-            size = torch.where(apart, t, 0.0).sqrt() * (self.weight / (TERMS * matrices))
-            slope = torch.where(apart, 0.5 * size / t, 0.0)
+            weight = self.weight / (TERMS * matrices)
+            inverse = t.rsqrt().masked_fill_(~is_apart(t), 0.0)
+            slope, size = inverse * (0.5 * weight), (inverse * t).mul_(weight)
         if set(self.planes) != set(PLANES):
             outer = ["uv", "UV"] if self.regularises_V else ["uv"]
             blocks = ["uv", "UV", *outer, *(["PQ"] * len(outer))]

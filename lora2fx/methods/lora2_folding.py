@@ -6,9 +6,10 @@ All factors of all adapters of one size in some 30 operations, forward and backw
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from operator import is_
 from typing import Any, cast
 
 import torch
@@ -30,7 +31,8 @@ class _Order:
     """n adapters of one core size, by their output width: equal ones from start to stop.
 
     `inputs` lists those of one input width, `places` says in which list an adapter is, and where; `to_core` and
-    `from_core` are those places as indices, and back.
+    `from_core` are those places as indices, and back. `factors` are the adapters' in the order of `NAMES`, and
+    `grouped` by name as they are stacked: u by input width, V by output width.
     """
 
     adapters: tuple[LoRA2Adapter, ...]
@@ -39,36 +41,37 @@ class _Order:
     places: tuple[tuple[int, int], ...]
     to_core: Tensor
     from_core: Tensor
+    factors: tuple[Tensor, ...]
+    grouped: Mapping[str, list[list[Tensor]]]
 
     @classmethod
     def of(cls, adapters: Sequence[LoRA2Adapter], numbers: Sequence[int]) -> _Order:
         """`numbers` are their places in the model: sites that read the same x shall lie side by side."""
         widths = [adapter.site.out_features for adapter in adapters]
         cuts = [0, *(i for i in range(1, len(widths)) if widths[i] != widths[i - 1]), len(widths)]
-        inputs: dict[int, list[int]] = defaultdict(list)
+        outputs, inputs = tuple(pairwise(cuts)), defaultdict[int, list[int]](list)
         for index in sorted(range(len(adapters)), key=numbers.__getitem__):
             inputs[adapters[index].site.in_features].append(index)
         places = {i: (stack, place) for stack, group in enumerate(inputs.values()) for place, i in enumerate(group)}
         from_core = torch.tensor([i for group in inputs.values() for i in group], device=adapters[0].v.device)
+        own = {name: [cast(Tensor, adapter._parameters[name]) for adapter in adapters] for name in NAMES}
+        grouped = {name: [own[name]] for name in ("v", "lam", "U")}
+        grouped["u"] = [[own["u"][index] for index in group] for group in inputs.values()]
+        grouped["V"] = [own["V"][start:stop] for start, stop in outputs]
         return cls(
             tuple(adapters),
-            tuple(pairwise(cuts)),
+            outputs,
             tuple(map(tuple, inputs.values())),
             tuple(places[i] for i in range(len(adapters))),
             from_core.argsort(),
             from_core,
+            tuple(factor for name in NAMES for factor in own[name]),
+            grouped,
         )
 
-    def parameters(self, name: str) -> list[Tensor]:
-        """One factor of every adapter."""
-        return [adapter._parameters[name] for adapter in self.adapters]  # type: ignore[misc]
-
-    def grouped(self, name: str) -> list[list[Tensor]]:
-        """The same as it is stacked: u by input width, V by output width."""
-        own = self.parameters(name)
-        if name == "u":
-            return [[own[index] for index in group] for group in self.inputs]
-        return [own[start:stop] for start, stop in self.outputs] if name == "V" else [own]
+    def use(self) -> Use:
+        """Of these adapters' factors, before anything is folded."""
+        return Use(self.grouped, self.to_core, self.from_core)
 
     def buffers(self, name: str) -> Tensor:
         """One mask of every adapter, stacked."""
@@ -116,6 +119,7 @@ class _Fold(torch.autograd.Function):
         stacks = tuple(torch.stack(V[start:stop]) for start, stop in order.outputs)
         b = [product[start:stop].bmm(stack) for (start, stop), stack in zip(order.outputs, stacks, strict=True)]
         a = [torch.stack([u[index] for index in group]).mT.contiguous().flatten(0, 1) for group in order.inputs]
+        use.stacks = {"u": tuple(_rows(own, product) for own in a), "v": (core.v,), "U": (core.U,), "V": stacks}
         ctx.order, ctx.use, ctx.factors = order, use, factors
         # Not as saved tensors: several micro-batches go back through one folding, in and out of checkpointed blocks.
         ctx.core, ctx.product, ctx.stacks = core, product, stacks
@@ -137,12 +141,17 @@ class _Fold(torch.autograd.Function):
         return None, None, *(row for column in columns for row in column)
 
 
+def _rows(stack: Tensor, product: Tensor) -> Tensor:
+    """(n·k, in) → (n, in, k)"""
+    return stack.detach().view(-1, product.shape[-1], stack.shape[-1]).mT
+
+
 def _gradients(
     order: _Order, core: _Core, product: Tensor, stacks: Sequence[Tensor], grads: Sequence[Tensor]
 ) -> Stacks:
     """Of all factors, in stacks as the factors' own."""
-    count, k = len(order.inputs), product.shape[-1]
-    u = tuple(grad.unflatten(0, (-1, k)).mT.contiguous() for grad in grads[:count])
+    count = len(order.inputs)
+    u = tuple(_rows(grad, product).contiguous() for grad in grads[:count])
     V, of_core = [], []
     for (start, stop), stack, grad in zip(order.outputs, stacks, grads[count:], strict=True):
         V.append(product[start:stop].mT.bmm(grad))
@@ -168,9 +177,8 @@ def _again(order: _Order, factors: tuple[Tensor, ...], grads: Sequence[Tensor]) 
 
 
 def _fold(order: _Order) -> Folded:
-    use = Use(order.grouped, order.to_core, order.from_core)
-    factors = [factor for name in NAMES for factor in order.parameters(name)]
-    found = _Fold.apply(order, use, *factors)  # type: ignore[no-untyped-call]
+    use = order.use()
+    found = _Fold.apply(order, use, *order.factors)  # type: ignore[no-untyped-call]
     count = len(order.inputs)
     b = tuple(row for stack in found[count:] for row in stack.unbind())
     return Folded(found[:count], order.places, b, use)
@@ -190,19 +198,22 @@ class _Together:
 
     def __init__(self, adapters: Sequence[Adapter]) -> None:
         self._adapters = cast(Sequence[LoRA2Adapter], adapters)
-        self._v: list[Tensor] = []
+        self._known: list[Tensor] = []
         self._plan: list[tuple[list[int], _Order]] = []
 
     def __call__(self) -> list[tuple[list[int], Folded]]:
         return [(indices, _fold(order)) for indices, order in self._planned()]
 
     def uses(self) -> list[Use]:
-        return [Use(order.grouped, order.to_core, order.from_core) for _, order in self._planned()]
+        return [order.use() for _, order in self._planned()]
 
     def _planned(self) -> list[tuple[list[int], _Order]]:
-        v = [cast(Tensor, adapter._parameters["v"]) for adapter in self._adapters]
-        if len(v) != len(self._v) or any(a is not b for a, b in zip(v, self._v, strict=True)):
-            self._v, self._plan = v, _plan(self._adapters)
+        now: list[Tensor] = []
+        for adapter in self._adapters:
+            now += map(adapter._parameters.__getitem__, NAMES)  # type: ignore[arg-type]
+        moved = not self._plan or self._plan[0][1].to_core.device != now[0].device
+        if moved or not all(map(is_, now, self._known)):
+            self._known, self._plan = now, _plan(self._adapters)
         return self._plan
 
 

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from lora2fx.adapter import Adapter, Axis
 from lora2fx.errors import ScheduleError
-from lora2fx.sharding import like
+from lora2fx.sharding import all_like
 from lora2fx.training.importance import axis_importance, update_averages
 from lora2fx.training.moments import clear_moments
 from lora2fx.training.schedule import CubicSchedule
@@ -62,7 +62,7 @@ def write_allocations(axes: Sequence[Axis], keeps: Sequence[Tensor], final: bool
     if pairs:
         values = [value for value, _ in pairs]
         own = _as(values[0], [keep for _, keep in pairs])
-        torch._foreach_mul_(values, [like(keep, value) for keep, value in zip(own, values, strict=True)])
+        torch._foreach_mul_(values, all_like(own, values))
     masks = [(axis.mask, keep) for axis, keep in zip(axes, kept, strict=True) if final or axis.value is None]
     if masks:
         torch._foreach_copy_([mask for mask, _ in masks], [keep for _, keep in masks])
@@ -94,7 +94,7 @@ class BudgetAllocator:
         for adapter in adapters:
             self._check_adapter(adapter)
         self.schedule.phases(total_steps)
-        start, target = self._ends(adapters)
+        start, target = self._ends(self._axes(adapters))
         if target > start and self.scope == "global":
             raise ScheduleError(
                 f"the budget of axis {self.axis!r} is {self.target:g} entries in each of {len(adapters)} adapters,"
@@ -135,38 +135,44 @@ class BudgetAllocator:
         if phases.is_event(step.index):
             final = phases.is_final(step.index)
             for pool in self._pools(adapters):
-                self._allocate(pool, phases.budget(step.index, *self._ends(pool)), final, step.optimizer)
+                axes = self._axes(pool)
+                budget = phases.budget(step.index, *self._ends(axes))
+                self._allocate(pool, axes, budget, final, step.optimizer)
 
     def budgets(self, adapters: Sequence[Adapter], step: int, total_steps: int) -> dict[str, int]:
         """The axis' budget at a step."""
         phases = self.schedule.phases(total_steps)
-        return {self.axis: sum(phases.budget(step, *self._ends(pool)) for pool in self._pools(adapters))}
+        return {self.axis: sum(phases.budget(step, *self._ends(self._axes(pool))) for pool in self._pools(adapters))}
 
     def finished(self, step: int, total_steps: int) -> bool:
         """Whether the last allocation was written."""
         phases = self.schedule.phases(total_steps)
-        return any(phases.is_event(t) for t in range(phases.final, step))
+        return any(phases.is_event(t) for t in range(phases.final, min(step, phases.final + 2)))
 
     def finish(self, adapters: Sequence[Adapter]) -> None:
         """The last allocation, for good: what may have grown back since is 0 again."""
-        axes = [adapter.axes()[self.axis] for adapter in adapters]
+        axes = self._axes(adapters)
         write_allocations(axes, [axis.keep.clone() for axis in axes], final=True)
 
     def _pools(self, adapters: Sequence[Adapter]) -> list[Sequence[Adapter]]:
         """The adapters that share a budget."""
         return [adapters] if self.scope == "global" else [[adapter] for adapter in adapters]
 
-    def _ends(self, pool: Sequence[Adapter]) -> tuple[int, int]:
-        start = sum(adapter.axes()[self.axis].mask.numel() for adapter in pool)
-        target = round(self.target * len(pool))
+    def _axes(self, pool: Sequence[Adapter]) -> list[Axis]:
+        return [adapter.axes()[self.axis] for adapter in pool]
+
+    def _ends(self, axes: Sequence[Axis]) -> tuple[int, int]:
+        start = sum(axis.mask.numel() for axis in axes)
+        target = round(self.target * len(axes))
         return start, target if self.scope == "global" else min(target, start)
 
     def _score(self, adapters: Sequence[Adapter], step: Step) -> None:
         if self.schedule.phases(step.total).is_scored(step.index):
             update_averages(adapters, self.tracked, step, self.beta1, self.beta2)
 
-    def _allocate(self, pool: Sequence[Adapter], budget: int, final: bool, optimizer: Optimizer | None = None) -> None:
-        axes = [adapter.axes()[self.axis] for adapter in pool]
+    def _allocate(
+        self, pool: Sequence[Adapter], axes: Sequence[Axis], budget: int, final: bool, optimizer: Optimizer | None
+    ) -> None:
         keeps = keep_highest(self.score(pool, self.axis), budget, [axis.mask for axis in axes])
         write_allocations(axes, keeps, final)
         for axis, keep in zip(axes, keeps, strict=True) if self.reset_moments else ():

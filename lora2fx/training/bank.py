@@ -60,7 +60,7 @@ def is_eager(adapter: Adapter) -> bool:
 class _Folds(NamedTuple):
     """One adapter's part in a folding: its B (k, out), the piece of a stack that holds its A (k, in), from `start` on.
 
-    `tensors` and `versions` are what was folded.
+    `tensors` are what was folded, and `version` the sum of their versions, which only grow.
     """
 
     folded: Folded
@@ -68,8 +68,8 @@ class _Folds(NamedTuple):
     b: Tensor
     piece: Tensor
     start: int
-    tensors: tuple[Tensor, ...]
-    versions: tuple[int, ...]
+    tensors: list[Tensor]
+    version: int
 
     def a(self) -> Tensor:
         """Its A (k, in)."""
@@ -140,20 +140,25 @@ class Bank:
     def product(self, index: int, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
         """x Wᵀ + b + (x Aᵀ) B; None where W or b trains, or is no plain tensor of the factors' dtype."""
         own = self._current(index)
-        folded, b = own.folded, own.b
-        if x.dtype != b.dtype or not is_frozen(weight, bias, x):
+        if x.dtype != own.b.dtype or not is_frozen(weight, bias, x):
             return None
-        folded.use.read.add(own.place)
+        own.folded.use.read.add(own.place)
         layer = Layer(index, weight, bias)
-        known = self._sharing.take(x, layer, folded)
+        if index not in self._sharing.involved:
+            return added_products(x, (layer,), own.a(), (own.b,), self._rebuild)[0]
+        return self._product_of_team(own, x, layer)
+
+    def _product_of_team(self, own: _Folds, x: Tensor, layer: Layer) -> Tensor:
+        """The layer's output, out of those computed together where it can be."""
+        known = self._sharing.take(x, layer, own.folded)
         if known is not None:
             return known
         layers = self._sharing.team(x, layer)
         if len(layers) == 1:
-            return added_products(x, layers, own.a(), (b,), self._rebuild)[0]
+            return added_products(x, layers, own.a(), (own.b,), self._rebuild)[0]
         right = [self._folds[member.number].b for member in layers]
         found = added_products(x, layers, own.piece, right, self._rebuild)
-        return self._sharing.keep(x, layers, found, index, folded)
+        return self._sharing.keep(x, layers, found, layer.number, own.folded)
 
     def _current(self, index: int) -> _Folds:
         if not self._folds or self._changed(index):
@@ -162,11 +167,14 @@ class Bank:
 
     def _changed(self, index: int) -> bool:
         now, known = self._read(self._adapters[index]), self._folds[index]
-        return not all(map(is_, now, known.tensors)) or tuple(map(_version, now)) != known.versions
+        return not all(map(is_, now, known.tensors)) or sum(map(_version, now)) != known.version
 
-    def _read(self, adapter: Adapter) -> tuple[Tensor, ...]:
-        parameters, buffers = adapter._parameters.__getitem__, adapter._buffers.__getitem__
-        return (*map(parameters, self._reads), *map(buffers, self._masks))  # type: ignore[arg-type]
+    def _read(self, adapter: Adapter) -> list[Tensor]:
+        factors, masks = (
+            map(adapter._parameters.__getitem__, self._reads),
+            map(adapter._buffers.__getitem__, self._masks),
+        )
+        return [*factors, *masks]  # type: ignore[list-item]
 
     def _refresh(self) -> None:
         with torch.autocast(self._adapters[0].progress.device.type, enabled=False):
@@ -177,10 +185,10 @@ class Bank:
             self._laid = laid
         folds = dict[int, _Folds]()
         for (indices, folded), cuts in zip(self._groups, self._cuts, strict=True):
-            for place, (index, (piece, start)) in enumerate(zip(indices, folded.pieces(cuts), strict=True)):
+            pieces = folded.pieces(cuts)
+            for place, (index, b, (piece, start)) in enumerate(zip(indices, folded.b, pieces, strict=True)):
                 tensors = self._read(self._adapters[index])
-                versions = tuple(map(_version, tensors))
-                folds[index] = _Folds(folded, place, folded.b[place], piece, start, tensors, versions)
+                folds[index] = _Folds(folded, place, b, piece, start, tensors, sum(map(_version, tensors)))
         self._folds = [folds[index] for index in range(len(self._adapters))]
 
     def _lay_out(self) -> None:

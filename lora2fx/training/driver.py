@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary, ref
 
 import torch
@@ -20,14 +20,14 @@ from lora2fx.training.acceptance import check_length, refuse_partitioned, refuse
 from lora2fx.training.agreement import check_ranks
 from lora2fx.training.bank import Bank
 from lora2fx.training.folded import Use, gradients_of
-from lora2fx.training.gradients import add_gradients, copy_gradients, is_initialisation, loss_scale, read_step
+from lora2fx.training.gradients import add_gradients, copy_gradients, is_any_bad, is_initialisation, loss_scale
 from lora2fx.training.overflow import count_overflows
 from lora2fx.training.progress import (
     Adapters,
+    Clock,
     Progress,
     adapter_list,
     check_total,
-    count,
     new_counter,
     read_counters,
     schedule_status,
@@ -93,7 +93,7 @@ class Attachment:
         self.total_steps = total_steps
         if not self.adapters and training != Training(groups=training.groups):
             raise AdapterError("there are no adapters to attach: call lora2fx.transform(model, ...) first.")
-        self._own_counter = new_counter()
+        self._own_counter, self._clock = new_counter(), Clock()
         self.optimizer = stepping_optimizer(optimizer)
         check_length(total_steps)
         _refuse_attached(self.adapters)
@@ -145,8 +145,8 @@ class Attachment:
 
     @property
     def _counters(self) -> list[Tensor]:
-        """The `progress` of every adapter, read anew each time: a checkpoint or a device may replace them."""
-        return [adapter.progress for adapter in self.adapters] or [self._own_counter]
+        """The `progress` of every adapter, looked up each time: a checkpoint or a device may replace them."""
+        return [cast(Tensor, adapter._buffers["progress"]) for adapter in self.adapters] or [self._own_counter]
 
     @property
     def step(self) -> int:
@@ -189,7 +189,7 @@ class Attachment:
 
     def skip(self, steps: int = 1) -> None:
         """Count steps that never came to the optimizer, where `scaler` was not given."""
-        count(self._counters, skipped=steps)
+        self._clock.count(self._counters, skipped=steps)
 
     def check_ranks(self, group: ProcessGroup | None = None) -> None:
         """Raise `AdapterError` where the processes' masks differ; every one of them must call it."""
@@ -222,22 +222,21 @@ class Attachment:
         return evaluate
 
     def _prepare(self) -> None:
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self._idle = is_initialisation(parameters, self.optimizer)
         if self._idle:
             return
         uses = None if loss_scale(self.optimizer) is not None else self._bank.uses()
-        # Progress is read anew every step: a checkpoint may have been loaded since the last.
-        bad, progress = read_step(gradients_of(parameters, uses or ()), self.optimizer, self._counters[0])
-        check_total(Progress(*progress), self.total_steps)
-        if bad:
+        progress = self._clock.read(self.adapters[0].progress if self.adapters else self._own_counter)
+        check_total(progress, self.total_steps)
+        if is_any_bad(gradients_of(parameters, uses or ()), self.optimizer):
             self._withhold(parameters)
             return
         task = self._copied() if self.training.sensitivity == "task" else None
         self._penalise(uses)
         if task is None:
             task = {} if loss_scale(self.optimizer) is None else self._copied()
-        self._current = Step(progress[0], self.total_steps, task, self.optimizer, self.evaluate, progress[2])
+        self._current = Step(progress.done, self.total_steps, task, self.optimizer, self.evaluate, progress.skipped)
         for allocator in self.training.allocators:
             allocator.before_step(self.adapters, self._current)
 
@@ -249,7 +248,7 @@ class Attachment:
 
     def _withhold(self, parameters: list[Tensor]) -> None:
         """Hide the gradients, so that the optimizer passes over every parameter and its state."""
-        self._withheld = [(parameter, parameter.grad) for parameter in parameters]
+        self._withheld = [(parameter, parameter.grad) for parameter in parameters if parameter.grad is not None]
         for parameter in parameters:
             parameter.grad = None
 
@@ -290,9 +289,9 @@ class Attachment:
         for parameter, gradient in withheld:
             parameter.grad = gradient
         if step is None:
-            count(self._counters, skipped=1)
+            self._clock.count(self._counters, skipped=1)
             _LOG.info("a step with a gradient that is not finite was skipped (after %d steps)", self.step)
             return
         for allocator in self.training.allocators:
             allocator.after_step(self.adapters, step)
-        count(self._counters, done=1)
+        self._clock.count(self._counters, done=1)

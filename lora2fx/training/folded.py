@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -16,22 +16,24 @@ Stacks = dict[str, tuple[Tensor, ...]]
 class Use:
     """What becomes of a folding: which adapters a site read, and the stacks that the gradients are views of.
 
-    `factors` gives one parameter of every adapter, grouped as it is stacked. What is stacked by input width is in
-    another order than what isn't: `to_core` and `from_core` (int64) are the one order's places in the other.
+    `parameters` are those of every adapter by name, grouped as they are stacked, and `stacks` the stacks of them that
+    were folded. What is stacked by input width is in another order than what isn't: `to_core` and `from_core` (int64)
+    are the one order's places in the other.
     """
 
-    factors: Callable[[str], list[list[Tensor]]]
+    parameters: Mapping[str, Sequence[list[Tensor]]]
     to_core: Tensor
     from_core: Tensor
     read: set[int] = field(default_factory=set)
     gradients: Stacks = field(default_factory=dict)
+    stacks: Stacks = field(default_factory=dict)
 
     def is_held(self) -> bool:
         """Whether every parameter's gradient still is what the last backward made of it, or was written into that."""
         return bool(self.gradients) and all(
             _are_rows(own, stack)
             for name, stacks in self.gradients.items()
-            for own, stack in zip(self.factors(name), stacks, strict=True)
+            for own, stack in zip(self.parameters[name], stacks, strict=True)
         )
 
     def keep(self, gradients: Stacks) -> None:
@@ -41,11 +43,11 @@ class Use:
 
     def gather(self, names: Sequence[str]) -> bool:
         """Make stacks of the gradients, by copying them; False where a parameter has none, or one of another kind."""
-        parameters = [parameter for name in names for own in self.factors(name) for parameter in own]
+        parameters = [parameter for name in names for own in self.parameters[name] for parameter in own]
         if not all(map(_has_like_gradient, parameters)):
             return False
         self.gradients = {
-            name: tuple(torch.stack([parameter.grad for parameter in own]) for own in self.factors(name))  # type: ignore[misc]
+            name: tuple(torch.stack([parameter.grad for parameter in own]) for own in self.parameters[name])  # type: ignore[misc]
             for name in names
         }
         return True
@@ -55,14 +57,14 @@ class Use:
         pairs = [
             (parameter.grad, row)
             for name, stacks in self.gradients.items()
-            for own, stack in zip(self.factors(name), stacks, strict=True)
+            for own, stack in zip(self.parameters[name], stacks, strict=True)
             for parameter, row in zip(own, stack.unbind(), strict=True)
         ]
         torch._foreach_copy_([grad for grad, _ in pairs], [row for _, row in pairs])  # type: ignore[misc]
 
     def stacked(self, name: str) -> tuple[Tensor, ...]:
-        """One parameter of every adapter as it is now, stacked."""
-        return tuple(torch.stack(own) for own in self.factors(name))
+        """One parameter of every adapter, stacked: as it was folded, if it was."""
+        return self.stacks.get(name) or tuple(torch.stack(own) for own in self.parameters[name])
 
 
 def _has_like_gradient(parameter: Tensor) -> bool:
@@ -75,18 +77,17 @@ def gradients_of(parameters: Iterable[Tensor], uses: Iterable[Use]) -> list[Tens
     found, owned = list[Tensor](), set[int]()
     for use in uses:
         found += [stack for stacks in use.gradients.values() for stack in stacks]
-        owned |= {id(p) for name in use.gradients for own in use.factors(name) for p in own}
-    return found + [p.grad for p in parameters if id(p) not in owned and p.grad is not None]
+        for name in use.gradients:
+            owned.update(*(map(id, own) for own in use.parameters[name]))
+    rest = [parameter.grad for parameter in parameters if id(parameter) not in owned]
+    return found + [grad for grad in rest if grad is not None]
 
 
 def _are_rows(parameters: Sequence[Tensor], stack: Tensor) -> bool:
-    place, size = stack.data_ptr(), stack.stride(0) * stack.element_size()
-    for parameter in parameters:
-        grad = parameter.grad
-        if grad is None or grad.data_ptr() != place:
-            return False
-        place += size
-    return True
+    start, size = stack.data_ptr(), stack.stride(0) * stack.element_size()
+    grads = [parameter.grad for parameter in parameters]
+    places = [None if grad is None else grad.data_ptr() for grad in grads]
+    return places == list(range(start, start + size * len(places), size))
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -29,12 +29,12 @@ def _grouped(gradients: Sequence[Tensor]) -> list[list[Tensor]]:
 
 
 def _is_bad(group: list[Tensor]) -> Tensor:
-    """Whether any is NaN or infinite; in one pass without a copy, where no other process holds a part."""
+    """Not 0 where any is NaN or infinite; in one pass without a copy, where no other process holds a part."""
     if is_spread(group[0]):
         return ~_largest(group).isfinite()
     found, one = (torch.full((), value, dtype=torch.float32, device=group[0].device) for value in (0.0, 1.0))
     torch._amp_foreach_non_finite_check_and_unscale_(group, found, one)  # times 1: nothing is written
-    return found > 0
+    return found
 
 
 def _largest(group: list[Tensor]) -> Tensor:
@@ -43,19 +43,19 @@ def _largest(group: list[Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def read_step(gradients: Sequence[Tensor], optimizer: Optimizer, progress: Tensor) -> tuple[bool, list[int]]:
-    """Whether any gradient is NaN or infinite, and the adapter's progress, in one read of the device."""
-    bad = [_is_bad(group) for group in _grouped(gradients)]
+def is_any_bad(gradients: Sequence[Tensor], optimizer: Optimizer) -> bool:
+    """Whether any gradient is NaN or infinite, or a `GradScaler` found one; in one read of the device."""
+    flags = [_is_bad(group) for group in _grouped(gradients)]
     overflow: Tensor | None = getattr(optimizer, "found_inf", None)
     if overflow is not None:
-        bad.append(overflow.reshape(()) > 0)
-    flags = [flag.to(progress) for flag in bad] or [torch.zeros_like(progress[0])]
-    found = torch.cat([torch.stack(flags).amax().reshape(1), progress]).tolist()
-    return bool(found[0]), found[1:]
+        flags.append(overflow.reshape(()))
+    if len(flags) > 1:
+        flags = [torch.stack([flag.to(flags[0].device, torch.bool) for flag in flags]).any()]
+    return bool(flags and flags[0])
 
 
 @torch.no_grad()
-def is_initialisation(parameters: Sequence[Tensor], optimizer: Optimizer) -> bool:
+def is_initialisation(parameters: Iterable[Tensor], optimizer: Optimizer) -> bool:
     """Whether this is no step but how torch.distributed.checkpoint makes an optimizer's state: rates and gradients 0.
 
     A real step of a warm-up from 0 has gradients.

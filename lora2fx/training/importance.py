@@ -5,36 +5,37 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lora2fx.adapter import Adapter
-from lora2fx.sharding import whole
+from lora2fx.sharding import all_whole
 from lora2fx.training.slots import Step
 
-STACKED = 2**18
-"""Elements up to which parameters of one shape are copied into a stack."""
+SMALL = 2**10
+"""Elements up to which copying a parameter there and back costs less than a handful of operations of its own."""
 Tracked = tuple[Tensor, Tensor, Tensor]
 """A parameter and its two averages."""
 
 
 def averages(adapter: Adapter, name: str) -> tuple[Tensor, Tensor]:
     """The two moving averages of a tracked parameter: sensitivity and uncertainty."""
-    held = adapter._buffers  # as getattr gives them, which takes four times as long
-    sensitivity, uncertainty = held[f"{name}_sensitivity"], held[f"{name}_uncertainty"]
-    assert sensitivity is not None
-    assert uncertainty is not None
-    return sensitivity, uncertainty
+    return _averages([adapter], name, "sensitivity")[0], _averages([adapter], name, "uncertainty")[0]
 
 
-def _alike(adapters: Sequence[Adapter], names: Sequence[str]) -> Iterable[list[int]]:
-    """Indices of adapters whose averages of these parameters can be stacked."""
-    groups: dict[tuple[object, ...], list[int]] = defaultdict(list)
-    for index, adapter in enumerate(adapters):
-        first = averages(adapter, names[0])[0]
-        shapes = tuple(averages(adapter, name)[0].shape for name in names)
-        groups[(first.device, first.dtype, *shapes)].append(index)
+def _averages(adapters: Iterable[Adapter], name: str, kind: str) -> list[Tensor]:
+    key = f"{name}_{kind}"  # out of the dicts: getattr finds them in four times the time
+    return [adapter._buffers[key] for adapter in adapters]  # type: ignore[misc]
+
+
+def _alike(adapters: Sequence[Adapter], names: Sequence[str]) -> Iterable[list[Adapter]]:
+    """Adapters whose averages of these parameters can be stacked."""
+    groups: dict[tuple[object, ...], list[Adapter]] = defaultdict(list)
+    shapes = zip(*([own.shape for own in _averages(adapters, name, "sensitivity")] for name in names), strict=True)
+    for adapter, first, key in zip(adapters, _averages(adapters, names[0], "sensitivity"), shapes, strict=True):
+        groups[(first.device, first.dtype, *key)].append(adapter)
     return groups.values()
 
 
@@ -44,30 +45,32 @@ def update_averages(adapters: Sequence[Adapter], names: Sequence[str], step: Ste
 
     The average starts at 0 and is not corrected for it; Ū is taken against the Ī just moved.
     """
-    groups: dict[tuple[object, ...], list[Tracked]] = defaultdict(list)
-    for adapter in adapters:
-        for name in names:
-            parameter, own = adapter._parameters[name], averages(adapter, name)
-            assert parameter is not None
-            groups[own[0].device, own[0].dtype, own[0].shape].append((parameter, *own))
-    for tracked in groups.values():
-        move = _move_stacked if len(tracked) * tracked[0][1].numel() <= STACKED else _move_each
-        move(tracked, step, beta1, beta2)
+    groups: dict[tuple[Any, ...], list[Tracked]] = defaultdict(list)
+    for name in names:
+        first, second = (_averages(adapters, name, kind) for kind in ("sensitivity", "uncertainty"))
+        parameters: list[Tensor] = [adapter._parameters[name] for adapter in adapters]  # type: ignore[misc]
+        for tracked in zip(parameters, first, second, strict=True):
+            own = tracked[1]
+            groups[own.device, own.dtype, own.shape].append(tracked)
+    for (*_, shape), group in groups.items():
+        move = _move_stacked if len(shape) and shape.numel() <= SMALL else _move_each
+        move(group, step, beta1, beta2)
 
 
-def _move_stacked(tracked: Sequence[Tracked], step: Step, beta1: float, beta2: float) -> None:
-    """Many small ones as one: copying them there and back costs less than an operation on each."""
-    parameters, first, second = map(list, zip(*tracked, strict=True))
+def _move_stacked(group: Sequence[Tracked], step: Step, beta1: float, beta2: float) -> None:
+    """Many small ones as one."""
+    parameters, first, second = map(list, zip(*group, strict=True))
     sensitivity, uncertainty = torch.stack(first), torch.stack(second)
-    products = torch.stack([whole(p) for p in parameters]) * torch.stack([whole(step.gradient(p)) for p in parameters])
+    products = torch.stack(all_whole(parameters)).mul_(torch.stack(all_whole(step.gradients(parameters))))
     sensitivity.lerp_(products.abs_(), 1 - beta1)
     uncertainty.lerp_(products.sub_(sensitivity).abs_(), 1 - beta2)
-    torch._foreach_copy_(first + second, [*sensitivity.unbind(), *uncertainty.unbind()])
+    for stack, own in ((sensitivity, first), (uncertainty, second)):
+        torch.split_with_sizes_copy(stack.flatten(0, 1), [stack.shape[1]] * len(own), out=own)
 
 
-def _move_each(tracked: Sequence[Tracked], step: Step, beta1: float, beta2: float) -> None:
-    parameters, first, second = map(list, zip(*tracked, strict=True))
-    products = torch._foreach_mul([whole(p) for p in parameters], [whole(step.gradient(p)) for p in parameters])
+def _move_each(group: Sequence[Tracked], step: Step, beta1: float, beta2: float) -> None:
+    parameters, first, second = map(list, zip(*group, strict=True))
+    products = torch._foreach_mul(all_whole(parameters), all_whole(step.gradients(parameters)))
     torch._foreach_abs_(products)
     torch._foreach_lerp_(first, products, 1 - beta1)
     torch._foreach_sub_(products, first)
@@ -83,18 +86,20 @@ def _reduced(stack: Tensor, dim: int, mean: bool) -> Tensor:
     return stack.mean(others) if mean else stack.sum(others)
 
 
+def _product(adapters: Sequence[Adapter], name: str) -> Tensor:
+    """Ī·Ū of a parameter, stacked over adapters that are alike."""
+    first, second = (torch.stack(_averages(adapters, name, kind)) for kind in ("sensitivity", "uncertainty"))
+    return first.mul_(second)
+
+
 def _entries(adapters: Sequence[Adapter], axis: str, mean: bool) -> list[Tensor]:
     """Adapters whose factors have the same shapes are scored together."""
     scored = adapters[0].axes()[axis].scored
-    found = [torch.empty(0)] * len(adapters)
+    found = dict[Adapter, Tensor]()
     for group in _alike(adapters, [name for name, _ in scored]):
-        parts = []
-        for name, dim in scored:
-            first, second = zip(*(averages(adapters[index], name) for index in group), strict=True)
-            parts.append(_reduced(torch.stack(first) * torch.stack(second), dim, mean))
-        for index, row in zip(group, reduce(torch.add, parts).unbind(), strict=True):
-            found[index] = row
-    return found
+        parts = [_reduced(_product(group, name), dim, mean) for name, dim in scored]
+        found.update(zip(group, reduce(torch.add, parts).unbind(), strict=True))
+    return [found[adapter] for adapter in adapters]
 
 
 @torch.no_grad()

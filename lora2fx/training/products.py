@@ -110,10 +110,13 @@ def added_products(
         own = [part for layer, right in zip(layers, b, strict=True) for part in (layer.weight, layer.bias, right)]
         found = AddedProducts.apply(x, origin, a, *own)  # type: ignore[no-untyped-call]
         return (found,) if isinstance(found, Tensor) else found
-    rows = x.reshape(-1, x.shape[-1])
+    shape = x.shape
+    rows = x.reshape(-1, shape[-1])
     inner = F.linear(rows, a)
     lows = (inner,) if len(b) == 1 else inner.chunk(len(b), 1)
     return tuple(
-        F.linear(rows, layer.weight, layer.bias).addmm_(low, right).view(*x.shape[:-1], -1)
-        for layer, right, low in zip(layers, b, lows, strict=True)
+        [
+            F.linear(rows, layer.weight, layer.bias).addmm_(low, right).view(*shape[:-1], -1)
+            for layer, right, low in zip(layers, b, lows, strict=True)
+        ]
     )

@@ -59,6 +59,30 @@ def check_total(progress: Progress, total_steps: int) -> None:
         )
 
 
+class Clock:
+    """What a `progress` buffer says, read again only where something else has written it, as a checkpoint's loading."""
+
+    def __init__(self) -> None:
+        self._counter: Tensor | None = None
+        self._version = -1
+        self._progress = Progress(0, 0, 0)
+
+    def read(self, counter: Tensor) -> Progress:
+        """The progress now."""
+        if counter is not self._counter or counter._version != self._version:
+            self._note(counter, Progress(*counter.tolist()))
+        return self._progress
+
+    def count(self, counters: Sequence[Tensor], done: int = 0, skipped: int = 0) -> None:
+        """Add to every counter; the first is the one that is read."""
+        before = self.read(counters[0])
+        count(counters, done, skipped)
+        self._note(counters[0], Progress(before.done + done, before.total, before.skipped + skipped))
+
+    def _note(self, counter: Tensor, progress: Progress) -> None:
+        self._counter, self._version, self._progress = counter, counter._version, progress
+
+
 @torch.no_grad()
 def count(counters: Sequence[Tensor], done: int = 0, skipped: int = 0) -> None:
     """Add to every counter."""

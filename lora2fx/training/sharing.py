@@ -66,6 +66,8 @@ class Sharing:
         self._teams: dict[int, tuple[Member, ...]] = {}
         self._ahead: dict[int, _Ahead] = {}
         self._refused: set[int] = set()
+        self.involved: frozenset[int] = frozenset()
+        """The sites that are in a team."""
 
     @property
     def teams(self) -> list[list[int]]:
@@ -81,6 +83,7 @@ class Sharing:
                 if len(part) > 1 and self._refused.isdisjoint(part):
                     leader = next(index for index in members if index in part)
                     self._teams[leader] = tuple(members[index] for index in part)
+        self.involved = frozenset(index for team in self.teams for index in team)
 
     def team(self, x: Tensor, layer: Layer) -> Sequence[Layer]:
         """The layers to compute now, side by side: the one whose turn it is, and those that will read the same x."""

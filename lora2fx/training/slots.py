@@ -41,8 +41,15 @@ class Step:
 
     def gradient(self, parameter: Tensor) -> Tensor:
         """The gradient that scores read, like the parameter; a missing one is zero."""
-        gradient = self.snapshot.get(id(parameter), parameter.grad)
-        return torch.zeros_like(parameter) if gradient is None else gradient
+        return self.gradients([parameter])[0]
+
+    def gradients(self, parameters: Sequence[Tensor]) -> list[Tensor]:
+        """That of each parameter."""
+        if self.snapshot:
+            found = [self.snapshot.get(id(parameter), parameter.grad) for parameter in parameters]
+        else:
+            found = [parameter.grad for parameter in parameters]
+        return [torch.zeros_like(p) if grad is None else grad for p, grad in zip(parameters, found, strict=True)]
 
     def group(self, parameter: Tensor) -> Mapping[str, Any]:
         """The optimizer's group that holds the parameter: its learning rate, weight decay, ... in this step."""
