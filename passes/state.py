@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lora2fx.dataflow.preserve import Kinds, attributes_of, insist
+from lora2fx.dataflow.preserve import Kinds, attributes_of, insist, random_states
 
 OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
 """What says nothing about the model that raises it: never a finding, always passed on."""
@@ -50,23 +50,10 @@ def seed_all(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def _cuda_in_use() -> bool:
-    return bool(torch.cuda.is_initialized())
-
-
 @contextmanager
 def preserved_generators() -> Iterator[None]:
     """Python's, NumPy's and torch's global generators (every CUDA device in use) are as before afterwards."""
-    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    devices = torch.cuda.get_rng_state_all() if _cuda_in_use() else []
-
-    def restore() -> None:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.set_rng_state(cpu)
-        if devices:
-            torch.cuda.set_rng_state_all(devices)
-
+    restore = random_states()
     try:
         yield
     finally:

