@@ -255,5 +255,5 @@ def all_checks(trial: Trial) -> list[Check]:
             if all(check.passed for check in found) or not all(map(_may_be_a_kink, found)):
                 break
         with masked(list(adapters.values())):
-            found += [_against_base(trial, "masked", mode) for mode in trial.bit_modes]
+            found.append(_against_base(trial, "masked", trial.modes[0]))  # no mask knows a mode
     return checks + found

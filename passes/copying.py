@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,11 +20,18 @@ from lora2fx.passes.state import OUT_OF_MEMORY
 from lora2fx.program import Program, program_of
 
 
+def _empty_containers(model: nn.Module) -> dict[int, Any]:
+    """By id the copy of every module's empty dicts: ten of hooks and more, which else are most of a copy's time."""
+    held = (value for module in model.modules() for value in vars(module).values())
+    return {id(value): type(value)() for value in held if type(value) in (dict, OrderedDict) and not value}
+
+
 def _sharing_copy(model: nn.Module, own: Iterable[nn.Parameter], shared: Iterable[nn.Module] = ()) -> nn.Module:
     """A deep copy but for the `shared` modules and the parameters, of which only `own` are copied."""
     copied = {id(parameter) for parameter in own}
     known: dict[int, Any] = {id(module): module for module in shared}
     known |= {id(parameter): parameter for parameter in model.parameters() if id(parameter) not in copied}
+    known |= _empty_containers(model)
     try:
         return copy.deepcopy(model, known)
     except OUT_OF_MEMORY:

@@ -40,11 +40,11 @@ def running(model: nn.Module, mode: Mode) -> Iterator[None]:
     is off.
     """
     fused = torch.backends.mha.get_fastpath_enabled()
-    with preserved(model, but=Adapter), torch.set_grad_enabled(mode.grad):
+    with preserved(model, but=Adapter) as modules, torch.set_grad_enabled(mode.grad):
         try:
             torch.backends.mha.set_fastpath_enabled(fused and not mode.grad)
-            set_training(model, mode.train)
-            for module in model.modules():
+            set_training(model, mode.train, modules)
+            for module in modules:
                 if isinstance(module, Adapter) and module.training:
                     module.eval()
             seed_all(SEED)

@@ -125,11 +125,11 @@ def preserved_attributes(modules: Sequence[nn.Module], but: Kinds = ()) -> Itera
 
 
 @contextmanager
-def preserved(model: nn.Module, but: Kinds = ()) -> Iterator[None]:
+def preserved(model: nn.Module, but: Kinds = ()) -> Iterator[list[nn.Module]]:
     """Train flags, attributes, buffers and random generators are as before afterwards, whatever happens within.
 
-    Of modules of the kinds in `but`, which no forward writes into, only the train flags.
+    Of modules of the kinds in `but`, which no forward writes into, only the train flags. Yields all modules.
     """
     modules = list(model.modules())
     with preserved_attributes(modules, but), preserved_buffers(modules, but), preserved_generators():
-        yield
+        yield modules

@@ -1,6 +1,7 @@
 """Verify a rewrite by running it: the base model where ΔW = 0, the folded model where it is not, and its gradients.
 
-All in the modes eval, eval with gradients, and train with one seed; the model is as before afterwards.
+Each in the modes that could make a difference: eval, eval with gradients, train, with one seed. The model is as before
+afterwards.
 """
 
 from __future__ import annotations
@@ -96,7 +97,8 @@ def verify_rewrites(program: Program, inputs: Inputs, reference: Reference) -> V
 
     base: ΔW = 0 gives the base's outputs, bit for bit. folded: random factors give a folded copy's outputs, within
     `TOLERANCE` of their size. gradient: each adapter then gets the gradient that its folded weight's gradient
-    gives it, not 0. masked: masks that are all False give the base's outputs again, bit for bit.
+    gives it, not 0. masked: masks that are all False give the base's outputs again, bit for bit, in eval: adapters and
+    their masks know no mode.
     On failure `failed` names the adapters to blame. The model is as before afterwards, also on an error.
 
     Raises `VerifyError` where the model can't be copied or starts with ΔW ≠ 0.

@@ -284,7 +284,7 @@ def test_ranks_are_layer_by_weight_with_tasks_beside_each_other() -> None:
 
 def test_everyone_has_someone_to_be_compared_with() -> None:
     assert sum(map(len, GROUPS)) == len(ENTRIES)
-    assert all(entry.against in ENTRIES and entry.rate in (None, *LADDER) for entry in ENTRIES.values())
+    assert all(entry.against in ENTRIES and entry.rate in (None, *LADDER, *ENTRIES) for entry in ENTRIES.values())
     assert all(name in ENTRIES for pair in GOALS for name in pair)
 
 

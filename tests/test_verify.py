@@ -73,7 +73,7 @@ def test_right_rewrites_pass_at_rounding_error(method, sites):
     found = verify_rewrites(program, small_inputs(), reference)
     assert (found.status, found.failed) == ("passed", ())
     assert found.max_error < 1e-14
-    assert [check["check"] for check in found.checks] == ["base"] * 2 + ["folded"] * 3 + ["gradient"] + ["masked"] * 2
+    assert [check["check"] for check in found.checks] == ["base"] * 2 + ["folded"] * 3 + ["gradient"] + ["masked"]
     assert not any(check["vacuous"] for check in found.checks)
     effects = [check["effect"] for check in found.checks if check["check"] == "folded"]
     assert min(effects) > 0.01
@@ -121,7 +121,7 @@ def test_what_is_wrong_in_train_mode_only_is_caught(tamper):
     program, reference = rewritten()
     tamper(program, "", "drop = self.drop(norm)", "drop = norm")
     found = verify_rewrites(program, small_inputs(), reference)
-    assert failing(found) == {("base", "train"), ("folded", "train"), ("masked", "train")}
+    assert failing(found) == {("base", "train"), ("folded", "train")}
     assert found.failed == ("lora2fx_experts",)
 
 

@@ -23,7 +23,7 @@ def fit(
     warm_up: float = WARM_UP,
     low_precision: bool = False,
 ) -> float:
-    """Train on `steps` batches of keyword arguments for the model, which returns a `loss`; seconds a step.
+    """Train on `steps` batches of keyword arguments for the model, which returns a `loss`; CPU seconds a step.
 
     The learning rate warms up linearly over a share of the steps, then falls linearly to 0; gradients are clipped.
     `low_precision` has the forward compute in bfloat16 where autocast does; what is trained stays float32.
@@ -32,7 +32,7 @@ def fit(
     schedule = LambdaLR(trainee.optimizer, lambda step: min((step + 1) / rising, (steps - step) / (steps - rising + 1)))
     trained = [parameter for parameter in trainee.model.parameters() if parameter.requires_grad]
     trainee.model.train()
-    start = time.perf_counter()
+    start = time.process_time()
     for step, batch in enumerate(batches):
         with torch.autocast("cpu", torch.bfloat16, enabled=low_precision):
             loss = trainee.model(**batch).loss
@@ -43,4 +43,4 @@ def fit(
         schedule.step()
         trainee.optimizer.zero_grad()
     trainee.model.eval()
-    return (time.perf_counter() - start) / steps
+    return (time.process_time() - start) / steps

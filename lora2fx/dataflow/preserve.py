@@ -89,12 +89,25 @@ def random_states() -> Callable[[], None]:
     return restore
 
 
-def set_training(model: nn.Module, training: bool) -> None:
+def _has_own_train(module: nn.Module) -> bool:
+    """Whether its mode is more than its flag: a `train` of its own, or a scripted module's flag, which is elsewhere."""
+    kind = type(module)
+    plain = kind.train is nn.Module.train and kind.__setattr__ is nn.Module.__setattr__
+    return not plain or "train" in vars(module) or "training" not in vars(module)
+
+
+def set_training(model: nn.Module, training: bool, modules: Sequence[nn.Module] = ()) -> None:
     """`model.train(training)`; an exported module's mode is part of its graph, so that it only runs in eval.
 
-    Raises what its `train` raises where an exported module is asked to train.
+    `modules` are all the model's, where they are known already. Raises what its `train` raises where an exported
+    module is asked to train.
     """
-    if not training and not any(module.training for module in model.modules()):
+    modules = modules or list(model.modules())
+    if not training and not any(module.training for module in modules):
+        return
+    if not any(map(_has_own_train, modules)):  # then train would set the flags, at five times the cost
+        for module in modules:
+            vars(module)["training"] = training
         return
     try:
         model.train(training)

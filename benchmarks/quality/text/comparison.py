@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from benchmarks.quality.store import Job, Record, read_runs, run_jobs
-from benchmarks.quality.text.contestants import ENTRIES, LADDER
+from benchmarks.quality.text.contestants import ENTRIES, LADDER, tuned
 from benchmarks.quality.text.task import Plan, run_text
 from lora2fx.errors import RunError
 
@@ -61,8 +61,9 @@ class Comparison:
 
     def rate_of(self, name: str) -> float:
         """The rate chosen, 0 where there is none to choose."""
-        start = ENTRIES[name].rate
-        return 0.0 if start is None else climb(partial(self.held_back_score, name), LADDER, start)
+        whose = tuned(name)
+        start = ENTRIES[whose].rate
+        return climb(partial(self.held_back_score, whose), LADDER, start) if isinstance(start, float) else 0.0
 
     def test(self, names: Sequence[str], seeds: int) -> None:
         """Choose the rates of the named contestants and run their test seeds, seed by seed."""
@@ -82,7 +83,7 @@ class Comparison:
         found = [
             record
             for job, record in runs.items()
-            if job.use == "test" and job.rate == chosen.get(job.contestant, job.rate)
+            if job.use == "test" and job.rate == chosen.get(tuned(job.contestant), job.rate)
         ]
         self._check_rates(found)
         return found
