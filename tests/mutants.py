@@ -1,159 +1,100 @@
 """`python -m tests.mutants [allocator|fold|verify]`: changes the sources one place at a time, and runs their tests.
 
-A change that no test notices is listed, unless `tests/MUTANTS.md` says why it is none. Each mutant is a fork of one
-process that has imported the libraries, so that it costs its tests' time and not another start of torch; tools that
-start a process a mutant, or copy the tree, would take hours and lose the linked folders.
+A change that no test notices is listed, unless `tests/MUTANTS.md` says why it is none. Which tests run which lines is
+recorded once; a mutant then runs only those that reach its lines, the quickest first, and the one that noticed it the
+last time before all others. Each is a fork of one process that has imported the libraries: torch starts only once.
 """
 
 from __future__ import annotations
 
-import ast
-import copy
 import importlib.util
+import json
 import os
+import re
 import signal
 import sys
 import time
-from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from importlib.abc import Loader, MetaPathFinder
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
+import pytest
+
+from tests.mutations import ROOT, Mutant, mutants, source_path
+
 EXPLAINED = Path(__file__).with_name("MUTANTS.md")
-SECONDS = 90
+NOTICED = ROOT / "build" / "mutants"
+"""By part, the test that noticed each mutant the last time: a guess of what to run first, never trusted."""
+SECONDS = 60
+"""For a test; a mutant that takes longer is noticed too."""
 PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "allocator": (
         ("lora2fx.training.allocator",),
-        ("test_training_allocator.py", "test_methods_adalora.py", "test_training_groups.py", "test_properties.py"),
+        ("training_allocator", "training_groups", "training_driver", "methods_adalora", "properties", "first_hours"),
     ),
     "fold": (
         ("lora2fx.passes.fold", "lora2fx.passes.merging"),
-        ("test_fold.py", "test_fold_rounding.py", "test_bad_use.py", "test_faults_compute.py"),
+        ("fold", "fold_rounding", "bad_use", "baselines", "faults_compute"),
     ),
-    "verify": (("lora2fx.passes.verify", "lora2fx.passes.checks"), ("test_verify.py", "test_transform.py")),
+    "verify": (
+        ("lora2fx.passes.verify", "lora2fx.passes.checks"),
+        ("verify", "transform", "quantised", "faults_compute"),
+    ),
 }
-"""By name: the modules that are changed, and their tests, the quickest first."""
-
-COMPARED: dict[type[ast.cmpop], tuple[type[ast.cmpop], ...]] = {
-    ast.Lt: (ast.LtE, ast.GtE),
-    ast.LtE: (ast.Lt, ast.Gt),
-    ast.Gt: (ast.GtE, ast.LtE),
-    ast.GtE: (ast.Gt, ast.Lt),
-    ast.Eq: (ast.NotEq,),
-    ast.NotEq: (ast.Eq,),
-    ast.Is: (ast.IsNot,),
-    ast.IsNot: (ast.Is,),
-    ast.In: (ast.NotIn,),
-    ast.NotIn: (ast.In,),
-}
-COMPUTED: dict[type[ast.operator], type[ast.operator]] = {
-    ast.Add: ast.Sub,
-    ast.Sub: ast.Add,
-    ast.Mult: ast.Div,
-    ast.Div: ast.Mult,
-    ast.Pow: ast.Mult,
-    ast.BitOr: ast.BitAnd,
-    ast.BitAnd: ast.BitOr,
-}
+"""By name: the modules that are changed, and their tests."""
 
 
-@dataclass(frozen=True)
-class Mutant:
-    """One change of one module: where, from what to what, and the module's source with it."""
+@dataclass
+class Recorder:
+    """How long each test takes, and which lines of some modules it runs; those run by importing have the name ""."""
 
-    module: str
-    line: int
-    place: str
-    change: str
-    source: str
+    modules: Sequence[str]
+    seconds: dict[str, float] = field(default_factory=dict)
 
-    @property
-    def name(self) -> str:
-        """What stands in `MUTANTS.md`: lines move, functions hardly."""
-        return f"`{self.module.removeprefix('lora2fx.')}` {self.place}: `{self.change}`"
+    def __post_init__(self) -> None:
+        from coverage import Coverage
 
+        paths = [str(source_path(module).resolve()) for module in self.modules]
+        self.coverage = Coverage(data_file=None, config_file=False, include=paths)
+        self.coverage.set_option("run:core", "ctrace")  # the only one that tells tests apart
+        self.coverage.start()
+        for module in self.modules:
+            importlib.import_module(module)
 
-def _changed(node: ast.AST) -> Iterator[ast.AST]:
-    """Every other node that may stand in its place."""
-    match node:
-        case ast.Compare(ops=[operator]):
-            for other in COMPARED[type(operator)]:
-                yield ast.Compare(node.left, [other()], node.comparators)
-        case ast.BinOp(op=operator) if type(operator) in COMPUTED:
-            yield ast.BinOp(node.left, COMPUTED[type(operator)](), node.right)
-        case ast.BoolOp():
-            yield ast.BoolOp(ast.And() if isinstance(node.op, ast.Or) else ast.Or(), node.values)
-        case ast.UnaryOp(op=ast.Not() | ast.USub() | ast.Invert()):
-            yield node.operand
-        case ast.Constant(value=bool()):
-            yield ast.Constant(not node.value)
-        case ast.Constant(value=int() | float()):
-            yield ast.Constant(node.value + 1)
-        case ast.If() | ast.IfExp() | ast.While():
-            other = copy.copy(node)
-            other.test = ast.UnaryOp(ast.Not(), node.test)
-            yield other
-        case ast.comprehension(ifs=[_, *_]):
-            other = copy.copy(node)
-            other.ifs = []
-            yield other
-        case ast.Expr(value=ast.Call()) | ast.Raise() | ast.AugAssign():
-            yield ast.Pass()
-        case ast.Return(value=ast.AST()):
-            yield ast.Return(None)
-        case ast.Call(keywords=[_, *_]):
-            for index in (index for index, keyword in enumerate(node.keywords) if keyword.arg != "strict"):
-                yield ast.Call(node.func, node.args, node.keywords[:index] + node.keywords[index + 1 :])
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
+        self.coverage.switch_context(item.nodeid)
+        start = time.monotonic()
+        yield
+        self.seconds[item.nodeid] = time.monotonic() - start
+
+    def found(self) -> dict[str, Any]:
+        self.coverage.stop()
+        data = self.coverage.get_data()
+        lines = {module: data.contexts_by_lineno(str(source_path(module).resolve())) for module in self.modules}
+        return {"seconds": self.seconds, "lines": lines}
 
 
-def _places(tree: ast.AST, place: str = "") -> Iterator[tuple[ast.AST, str, Any, str]]:
-    """(parent, field, index or None, function) of all code: no message, annotation, decorator or `strict`."""
-    for field, value in ast.iter_fields(tree):
-        if field in ("annotation", "returns", "decorator_list"):
-            continue
-        for index, child in enumerate(value if isinstance(value, list) else [value]):
-            guard = isinstance(child, ast.keyword) and child.arg == "strict"
-            if not isinstance(child, ast.AST) or isinstance(child, ast.JoinedStr) or guard:
-                continue
-            own = child.name if isinstance(child, (ast.FunctionDef, ast.ClassDef)) else ""
-            inner = f"{place}.{own}".strip(".") if own else place
-            yield tree, field, index if isinstance(value, list) else None, inner
-            yield from _places(child, inner)
+@dataclass
+class Chosen:
+    """Runs these tests only, in this order, and says which one failed."""
 
+    tests: Sequence[str]
+    failed: str = ""
 
-def _shown(node: ast.AST) -> str:
-    """The node in one line, a condition without what hangs on it."""
-    shown = node.test if isinstance(node, (ast.If, ast.While)) else node
-    text = "pass" if isinstance(node, ast.Pass) else ast.unparse(shown)
-    return " ".join(text.split()).replace("|", "¦")
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        order = {test: place for place, test in enumerate(self.tests)}
+        items[:] = sorted((item for item in items if item.nodeid in order), key=lambda item: order[item.nodeid])
 
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.failed = report.nodeid if report.failed else self.failed
 
-def mutants(module: str) -> Iterator[Mutant]:
-    """Every mutant of a module; the second of two alike in one function is numbered."""
-    path = ROOT / (module.replace(".", "/") + ".py")  # found without importing anything of lora2fx
-    tree, seen = ast.parse(path.read_text(encoding="utf-8")), Counter[tuple[str, str]]()
-    for parent, field, index, place in list(_places(tree)):
-        held = getattr(parent, field)
-        node = held if index is None else held[index]
-        for other in _changed(node):
-            ast.copy_location(other, node if hasattr(node, "lineno") else parent)
-            change = f"{_shown(node)} → {_shown(other)}"
-            if index is None:
-                setattr(parent, field, other)
-            else:
-                held[index] = other
-            source = ast.unparse(ast.fix_missing_locations(tree))
-            if index is None:
-                setattr(parent, field, node)
-            else:
-                held[index] = node
-            seen[place, change] += 1
-            again = f" ({seen[place, change]})" if seen[place, change] > 1 else ""
-            yield Mutant(module, getattr(node, "lineno", 0), place or "module", change + again, source)
+    def found(self) -> str:
+        return self.failed
 
 
 class Replaced(MetaPathFinder, Loader):
@@ -169,76 +110,118 @@ class Replaced(MetaPathFinder, Loader):
         exec(compile(self.mutant.source, self.mutant.module, "exec"), module.__dict__)
 
 
-def _tested(mutant: Mutant, tests: tuple[str, ...]) -> None:
-    """In a process of its own: exit with 0 where no test fails."""
-    import pytest
-
-    quiet = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(quiet, 1), os.dup2(quiet, 2)
-    sys.meta_path.insert(0, Replaced(mutant))
-    options = [
-        "-W",
-        "ignore::pytest.PytestAssertRewriteWarning",
-        "-x",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "no:xdist",
-        "--timeout",
-        str(SECONDS),
-    ]
-    os._exit(int(pytest.main([*options, *(str(ROOT / "tests" / test) for test in tests)])))
+def _tested(plugin: Recorder | Chosen, files: Sequence[str], answer: int) -> None:
+    """In a process of its own: writes what the plugin found, and exits as pytest does."""
+    options = ["-x", "-p", "no:cacheprovider", "-p", "no:xdist", "--timeout", str(SECONDS)]
+    options += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # of what the parent has imported
+    code = pytest.main([*options, *(str(ROOT / file) for file in files)], [plugin])
+    with os.fdopen(answer, "w") as file:
+        json.dump(plugin.found(), file)
+    os._exit(int(code))
 
 
-def survives(mutant: Mutant, tests: tuple[str, ...]) -> bool:
-    """Whether all tests pass with it, within the time; a mutant that takes longer is noticed too."""
+def forked(prepare: Callable[[], Recorder | Chosen], files: Sequence[str], seconds: float) -> tuple[int, Any]:
+    """pytest's exit code, negative where it was killed, and what the plugin found, None where it found nothing."""
+    reader, writer = os.pipe()
     process = os.fork()
     if not process:
+        os.close(reader)
         os.setpgid(0, 0)
-        _tested(mutant, tests)
-    until = time.monotonic() + SECONDS * len(tests)
-    while time.monotonic() < until:
-        found, status = os.waitpid(process, os.WNOHANG)
-        if found:
-            return os.waitstatus_to_exitcode(status) == 0
-        time.sleep(0.02)
-    os.killpg(process, signal.SIGKILL)
-    os.waitpid(process, 0)
-    return False
+        try:
+            _tested(prepare(), files, writer)
+        finally:
+            os._exit(70)
+    os.close(writer)
+    signal.signal(signal.SIGALRM, lambda *_: os.killpg(process, signal.SIGKILL))
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    with os.fdopen(reader) as file:
+        text = file.read()
+    status = os.waitpid(process, 0)[1]
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    return os.waitstatus_to_exitcode(status), json.loads(text) if text else None
+
+
+@dataclass(frozen=True)
+class Tests:
+    """The tests of a part: how long each takes, and by module and line those that run it."""
+
+    seconds: dict[str, float]
+    lines: dict[str, dict[str, list[str]]]
+
+    def reaching(self, mutant: Mutant) -> list[str]:
+        """Those that run the mutant's lines, the quickest first; all of its module's where an import runs them."""
+        lines = self.lines[mutant.module]
+        found = {test for line in mutant.lines for test in lines.get(str(line), [])}
+        if "" in found:
+            found = {test for tests in lines.values() for test in tests} - {""}
+        return sorted(found, key=lambda test: self.seconds[test])
+
+    def notices(self, mutant: Mutant, tests: Sequence[str]) -> tuple[bool, str]:
+        """Whether one of these tests fails with the mutant, or an import does, and which."""
+
+        def prepare() -> Chosen:
+            quiet = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(quiet, 1), os.dup2(quiet, 2)
+            sys.meta_path.insert(0, Replaced(mutant))
+            return Chosen(tests)
+
+        files = dict.fromkeys(test.partition("::")[0] for test in tests)
+        limit = SECONDS + 3 * sum(self.seconds[test] for test in tests)
+        code, failed = forked(prepare, list(files), limit) if tests else (0, None)
+        if code == pytest.ExitCode.NO_TESTS_COLLECTED:
+            sys.exit(f"{mutant.name}: its tests are not there any more.")
+        return code != 0, failed or ""
+
+
+def recorded(modules: Sequence[str], files: Sequence[str]) -> Tests:
+    """Runs all tests without a change."""
+    code, found = forked(lambda: Recorder(modules), [f"tests/test_{file}.py" for file in files], 20 * SECONDS)
+    if code:
+        sys.exit("A test fails without any change; nothing can be told from it.")
+    return Tests(**found)
+
+
+def explained(modules: Sequence[str]) -> set[str]:
+    """The mutants of these modules that `MUTANTS.md` explains."""
+    found = re.findall(r"^- (`([^`]+)` \S+: `[^`]+`)", EXPLAINED.read_text(encoding="utf-8"), re.MULTILINE)
+    return {name for name, module in found if f"lora2fx.{module}" in modules}
 
 
 def run(part: str) -> int:
-    """Every mutant of a part; how many survive without a reason."""
-    modules, tests = PARTS[part]
-    explained, total, unexplained, known = EXPLAINED.read_text(encoding="utf-8"), 0, 0, 0
-    unchanged = Mutant("lora2fx.nothing", 0, "", "", "")
-    for test in tests:
-        if not survives(unchanged, (test,)):
-            sys.exit(f"{test} fails without any change; nothing can be told from it.")
-    for module in modules:
-        for mutant in mutants(module):
-            total += 1
-            if not all(survives(mutant, (test,)) for test in tests):
-                continue
-            if mutant.name in explained:
-                known += 1
-                continue
-            unexplained += 1
-            print(f"survives, line {mutant.line}: {mutant.name}", flush=True)
-    print(f"{part}: {total} mutants, {total - known - unexplained} noticed, {known} explained, {unexplained} not")
-    return unexplained
+    """Every mutant of a part; how many survive without a reason, or are explained without need."""
+    modules, files = PARTS[part]
+    tests, known, survived, total = recorded(modules, files), explained(modules), set[str](), 0
+    journal = NOTICED / f"{part}.json"
+    before: dict[str, str] = defaultdict(str, json.loads(journal.read_text()) if journal.exists() else {})
+    journal.parent.mkdir(parents=True, exist_ok=True)
+    for mutant in (mutant for module in modules for mutant in mutants(module)):
+        total += 1
+        reaching = tests.reaching(mutant)
+        guess = [test for test in reaching if test == before[mutant.name]]
+        noticed, by = tests.notices(mutant, guess)
+        if not noticed:
+            noticed, by = tests.notices(mutant, reaching)
+        if noticed:
+            before[mutant.name] = by
+            journal.write_text(json.dumps(before, indent=0))
+            continue
+        survived.add(mutant.name)
+        if mutant.name not in known:
+            print(f"survives {len(reaching)} tests, line {mutant.lines.start}: {mutant.name}", flush=True)
+    for name in sorted(known - survived):
+        print(f"explained, but noticed or not there: {name}")
+    print(f"{part}: {total} mutants, {total - len(survived)} noticed, {len(survived & known)} explained,", end=" ")
+    print(f"{len(survived - known)} not", flush=True)
+    return len(survived ^ known)
 
 
 def main() -> int:
     """The parts that are named, or all."""
-    os.nice(10)
-    import pytest  # noqa: F401
     import torch
     import transformers  # noqa: F401
 
     torch.set_num_threads(1)
-    return min(1, sum(run(part) for part in sys.argv[1:] or PARTS))
+    return min(1, sum([run(part) for part in sys.argv[1:] or PARTS]))
 
 
 if __name__ == "__main__":
