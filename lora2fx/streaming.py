@@ -30,6 +30,8 @@ from lora2fx.storage_peft_config import is_peft_folder
 from lora2fx.stream_plan import Plan, plan_merge, weights_of
 
 Folder = str | os.PathLike[str]
+CALLER = 3
+"""The frames from a warning to who called `fold_checkpoint`."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,7 @@ def fold_checkpoint(
     program = finished(program)
     counts = totals(program) | {"trainable": 0, "base_parameters": checkpoint.elements}
     if status is not None:
-        warn_unfinished(status, counts)
+        warn_unfinished(status, counts, CALLER)
     digests = {saved.site.weight: None if allow_other_base else saved.sha256 for saved in described.manifest.sites}
     merging = _Merging(weights_of(program.adapters), digests, rounding, seed)
     with resumable(place, _identity(checkpoint, described.seal + described.manifest.sha256, merging)) as partial:
@@ -160,7 +162,7 @@ def fold_checkpoint(
         "max_rounding_error": max((site["rounding_error"] for site in sites), default=0.0),
         "lost_adaptation": lost_adaptation(sites),
     }
-    warn_lost(details["lost_adaptation"])
+    warn_lost(details["lost_adaptation"], CALLER)
     verify = {"status": "passed", "max_error": None, "checks": ["the base weights' digests"]}
     if allow_other_base:
         verify = {"status": "UNVERIFIED", "max_error": None, "checks": [], "reason": "allow_other_base=True"}

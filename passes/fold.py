@@ -27,6 +27,8 @@ from lora2fx.training.driver import schedule_status
 
 LOST = 0.05
 """The share of an adaptation that may be lost to rounding without a warning."""
+CALLER = 4
+"""The frames from a warning to who called `lora2fx.fold`."""
 UNDO = 2**28
 """Bytes of weights that a fold keeps a second time, unless it is told."""
 
@@ -62,8 +64,11 @@ def finished(program: Program) -> Program:
     return replace(program, adapters=copied)
 
 
-def warn_unfinished(status: str, counts: Mapping[str, Any]) -> None:
-    """Say what is folded: what the last allocation keeps, and what the whole schedule would have kept."""
+def warn_unfinished(status: str, counts: Mapping[str, Any], stacklevel: int) -> None:
+    """Say what is folded: what the last allocation keeps, and what the whole schedule would have kept.
+
+    `stacklevel` as for `warnings.warn`, seen from here.
+    """
     budgets = counts["budgets"]
     kept = ", ".join(
         f"{number} on the axis {axis!r}" + (f" (of a final budget of {budgets[axis]})" if axis in budgets else "")
@@ -72,7 +77,7 @@ def warn_unfinished(status: str, counts: Mapping[str, Any]) -> None:
     warnings.warn(
         f"folding an unfinished schedule: {status} The last allocation took effect first; it keeps {kept}.",
         Lora2fxWarning,
-        stacklevel=4,
+        stacklevel=stacklevel,
     )
 
 
@@ -83,14 +88,14 @@ def lost_adaptation(sites: Iterable[Mapping[str, Any]]) -> float:
     return hypot(*(lost * norm for lost, norm in known)) / size if size else 0.0
 
 
-def warn_lost(lost: float) -> None:
-    """A `Lora2fxWarning` where rounding took more than `LOST` of the adaptation."""
+def warn_lost(lost: float, stacklevel: int) -> None:
+    """A `Lora2fxWarning` where rounding took more than `LOST` of the adaptation; `stacklevel` as above."""
     if lost > LOST:
         warnings.warn(
             f"fold: rounding to the weights' dtype took {lost:.0%} of the adaptation, ΔW being small beside the dtype's"
             " steps. rounding='adapter' keeps it; so does a base model in float32.",
             Lora2fxWarning,
-            stacklevel=4,
+            stacklevel=stacklevel,
         )
 
 
@@ -155,7 +160,7 @@ def fold_adapters(
     entries = {name: adapter_entry(name, adapter) for name, adapter in ended.adapters.items()}
     counts = totals(ended)
     if status is not None:
-        warn_unfinished(status, counts)
+        warn_unfinished(status, counts, CALLER)
     written = _write(found, rounding, seed, _fits(found) if undo is None else undo)
     detach_adapters(program)
     details: dict[str, Any] = {
@@ -164,5 +169,5 @@ def fold_adapters(
         "modules_to_save": list(program.record.modules_to_save),
     }
     sites = tuple(entry | written[name] for name, entry in entries.items())
-    warn_lost(details["lost_adaptation"])
+    warn_lost(details["lost_adaptation"], CALLER)
     return Report(f"fold {type(program.root).__name__}", sites, counts, program.record.verify, details)

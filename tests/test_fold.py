@@ -9,13 +9,16 @@ import torch
 from torch import nn
 
 from lora2fx.errors import AdapterError, Lora2fxWarning, ScheduleError
+from lora2fx.folding import fold
 from lora2fx.methods.lora import LoRA
 from lora2fx.methods.lora2 import LoRA2
-from lora2fx.passes.fold import fold_adapters
+from lora2fx.passes.fold import _fits, finished, fold_adapters
+from lora2fx.passes.merging import Merge
 from lora2fx.passes.rounding import round_once
 from lora2fx.passes.tiles import Factors, tiles
 from lora2fx.program import program_of
 from lora2fx.site import Layout, Site
+from tests.adapted import linear_site
 from tests.programs import FUSED, Small, adapt, randomised, small_inputs, states
 
 
@@ -184,9 +187,15 @@ def test_an_unfinished_schedule_is_refused_unless_asked_for(done, total, reason)
     with pytest.raises(ScheduleError, match=rf"{reason}.*strict=False"):
         fold_adapters(program)
     assert states(model) == before
-    with pytest.warns(Lora2fxWarning, match=reason):
-        fold_adapters(program, strict=False)
+    with pytest.warns(Lora2fxWarning, match=reason) as caught:
+        fold(model, strict=False)
+    assert [one.filename for one in caught] == [__file__], "a warning names the line that called"
     assert type(model.linear) is nn.Linear
+
+
+def test_without_a_schedule_no_adapter_is_copied():
+    program = adapt(Small(), LoRA(r=2))
+    assert finished(program) is program
 
 
 def test_the_last_allocation_of_an_unfinished_schedule_is_what_is_folded():
@@ -220,6 +229,28 @@ def test_a_finished_schedule_folds_and_reports_its_budget():
     report = fold_adapters(program)
     assert report.totals["budget"] == len(program.adapters)
     assert all(len(entry["importance"]) == 3 for entry in report.sites)
+
+
+@pytest.mark.parametrize(("shapes", "fits"), [([(2**26,)], True), ([(2**26 + 1,)], False), ([(2**25,)] * 3, False)])
+def test_weights_are_kept_twice_up_to_256_mib_of_all_together(shapes, fits):
+    weights = [nn.Parameter(torch.empty(shape, device="meta")) for shape in shapes]
+    assert _fits([Merge(weight, {}) for weight in weights]) is fits
+
+
+def test_factors_are_multiplied_where_the_weight_is():
+    """As where a model is spread over devices; the meta device stands for a second one."""
+    adapter = LoRA(r=2).adapter(linear_site("linear", 4, 6))
+    merge = Merge(nn.Parameter(torch.empty(6, 4, device="meta")), {"linear": adapter})
+    assert {parameter.device.type for parameter in merge.exact["linear"].parameters()} == {"meta"}
+    assert {parameter.device.type for parameter in adapter.parameters()} == {"cpu"}
+
+
+def test_a_program_without_adapters_loses_nothing():
+    model = Small()
+    program, before = adapt(model, LoRA(r=2), sites=()), states(model)
+    details = fold_adapters(program).details
+    assert (details["max_rounding_error"], details["lost_adaptation"]) == (0.0, 0.0)
+    assert states(model) == before
 
 
 def test_trained_heads_stay_trained():

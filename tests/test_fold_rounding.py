@@ -13,7 +13,7 @@ from lora2fx.folding import fold
 from lora2fx.methods.lora import LoRA
 from lora2fx.passes.adaptive_rounding import round_keeping
 from lora2fx.passes.adding import write_measured, write_merge
-from lora2fx.passes.fold import fold_adapters
+from lora2fx.passes.fold import fold_adapters, warn_lost
 from lora2fx.passes.lanes import Update, orthonormal
 from lora2fx.passes.merging import Merge
 from lora2fx.passes.rounding import neighbour, round_once, round_stochastically
@@ -209,6 +209,9 @@ def test_stochastic_folds_are_repeatable_by_seed():
 
     assert folded(1) == folded(1)
     assert folded(1) != folded(2)
+    model = Small().bfloat16()
+    fold_adapters(randomised(adapt(model, LoRA(r=2))), rounding="stochastic")
+    assert states(model) == folded(0), "a seed that isn't given is 0"
 
 
 def test_a_fold_that_loses_the_adaptation_says_so():
@@ -226,7 +229,15 @@ def test_a_fold_that_loses_the_adaptation_says_so():
         assert [str(one.message)[:42] for one in caught] == ["fold: rounding to the weights' dtype took "] * loses
         assert report["lost_adaptation"] == pytest.approx(report["sites"][0]["lost_adaptation"])
         assert (report["lost_adaptation"] > 0.3) == loses
-        assert not loses or issubclass(caught[0].category, Lora2fxWarning)
+        assert [(one.category, one.filename) for one in caught] == [(Lora2fxWarning, __file__)] * loses
+
+
+@pytest.mark.parametrize(("lost", "warns"), [(0.05, False), (0.0501, True)])
+def test_up_to_five_percent_may_be_lost_without_a_word(lost, warns):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        warn_lost(lost, 1)
+    assert bool(caught) is warns
 
 
 def test_a_rounding_of_another_name_is_refused_and_nothing_changes():

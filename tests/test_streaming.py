@@ -330,8 +330,9 @@ def test_an_unfinished_schedule_is_refused_unless_asked_for(tmp_path):
     arguments = (tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
     with pytest.raises(ScheduleError, match="never driven"):
         fold_checkpoint(*arguments)
-    with pytest.warns(Lora2fxWarning, match="unfinished schedule"):
+    with pytest.warns(Lora2fxWarning, match="unfinished schedule") as caught:
         fold_checkpoint(*arguments, strict=False)
+    assert [one.filename for one in caught] == [__file__], "a warning names the line that called"
 
 
 def rewritten(path, change):

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from lora2fx.errors import MethodError, ScheduleError
 from lora2fx.methods.adalora import AdaLoRA
 from lora2fx.methods.lora2 import LoRA2
-from lora2fx.training.allocator import _as, keep_highest, write_allocations
+from lora2fx.training.allocator import BudgetAllocator, _as, keep_highest, write_allocations
 from lora2fx.training.driver import Attachment
+from lora2fx.training.schedule import CubicSchedule
 from lora2fx.training.slots import Step
 from tests.adapted import linear_site
 from tests.examples import drawn
@@ -235,6 +236,25 @@ def test_under_a_local_budget_equations_8_and_9_keep_the_same():
 
     assert kept("eq8", "local") == kept("eq9", "local") == [[True, False, True, False], [False, True, False, True]]
     assert kept("eq8", "global") != kept("eq9", "global")
+
+
+def test_an_allocator_of_ones_own_averages_as_published_and_leaves_the_moments_alone():
+    """β₁ = β₂ = 0.85 (arXiv 2303.10512, eqs. 9 and 10): Ī = 0.15 |w·g| and Ū = 0.15 · 0.85 |w·g| after one step."""
+    adapters, (own,) = prepared(lora2())
+    allocator = BudgetAllocator("lambda", 2, CubicSchedule(tinit=0, tfinal=3, deltaT=1), own.tracked, own.score)
+    optimizer = torch.optim.AdamW([p for a in adapters for p in a.parameters()])
+    for adapter in adapters:
+        for parameter in adapter.parameters():
+            parameter.grad = torch.full_like(parameter, 0.5)
+    optimizer.step()
+    products = [0.5 * adapter.lam.detach().abs() for adapter in adapters]
+    allocator.after_step(adapters, Step(0, 10, optimizer=optimizer))
+    for adapter, product in zip(adapters, products, strict=True):
+        torch.testing.assert_close(adapter.lam_sensitivity, 0.15 * product, rtol=1e-12, atol=0)
+        torch.testing.assert_close(adapter.lam_uncertainty, 0.15 * 0.85 * product, rtol=1e-12, atol=0)
+    allocator.after_step(adapters, Step(9, 10, optimizer=optimizer))
+    assert sum(int((~adapter.keep).sum()) for adapter in adapters) == 4
+    assert all((optimizer.state[adapter.lam]["exp_avg"] != 0).all() for adapter in adapters)
 
 
 @pytest.mark.parametrize("reset", [False, True])

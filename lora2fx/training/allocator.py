@@ -147,7 +147,7 @@ class BudgetAllocator:
     def finished(self, step: int, total_steps: int) -> bool:
         """Whether the last allocation was written."""
         phases = self.schedule.phases(total_steps)
-        return any(phases.is_event(t) for t in range(phases.final, min(step, phases.final + 2)))
+        return any(phases.is_event(t) for t in range(phases.final, step))
 
     def finish(self, adapters: Sequence[Adapter]) -> None:
         """The last allocation, for good: what may have grown back since is 0 again."""
