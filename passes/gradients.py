@@ -14,6 +14,7 @@ from lora2fx.inputs import Inputs
 from lora2fx.passes.copying import Folded
 from lora2fx.passes.outputs import Mode, Outputs, call, running
 from lora2fx.passes.probe import pull_back, wobbled
+from lora2fx.passes.state import OUT_OF_MEMORY
 from lora2fx.program import Program
 
 _LEAST = 1e-30
@@ -126,6 +127,8 @@ def backward_error(inputs: Inputs, folded: Folded, mode: Mode) -> str | None:
     """What the folded copy itself raises when it is differentiated, None where it can be."""
     try:
         _of_weights(inputs, folded, mode)
+    except OUT_OF_MEMORY:
+        raise
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return None

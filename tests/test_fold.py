@@ -13,7 +13,7 @@ from lora2fx.folding import fold
 from lora2fx.methods.lora import LoRA
 from lora2fx.methods.lora2 import LoRA2
 from lora2fx.passes.fold import _fits, finished, fold_adapters
-from lora2fx.passes.merging import Merge
+from lora2fx.passes.merging import Merge, is_foldable
 from lora2fx.passes.rounding import round_once
 from lora2fx.passes.tiles import Factors, tiles
 from lora2fx.program import program_of
@@ -235,6 +235,25 @@ def test_a_finished_schedule_folds_and_reports_its_budget():
 def test_weights_are_kept_twice_up_to_256_mib_of_all_together(shapes, fits):
     weights = [nn.Parameter(torch.empty(shape, device="meta")) for shape in shapes]
     assert _fits([Merge(weight, {}) for weight in weights]) is fits
+
+
+class Special(torch.Tensor):
+    """As those that quantise or shard."""
+
+
+@pytest.mark.parametrize(
+    ("weight", "foldable"),
+    [
+        (torch.eye(3), True),
+        (torch.eye(3).as_subclass(Special), False),
+        (torch.eye(3).to_sparse(), False),
+        (torch.eye(3, device="meta"), False),
+        (torch.eye(3, dtype=torch.int8), False),
+    ],
+    ids=["dense", "a subclass", "sparse", "meta", "integers"],
+)
+def test_only_plain_dense_floating_point_tensors_are_added_to(weight, foldable):
+    assert is_foldable(weight) is foldable
 
 
 def test_factors_are_multiplied_where_the_weight_is():

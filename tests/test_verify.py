@@ -23,6 +23,7 @@ from lora2fx.passes.probe import SIZE, randomise
 from lora2fx.passes.verify import reference_outputs, verify_rewrites
 from tests.programs import OUT_IN, SITES, Site, Small, adapt, small_inputs, states
 
+LINEAR = Site("linear.weight", "linear", "weight", (4, 4), OUT_IN)
 METHODS = {
     "lora2": LoRA2(r=3, k=2),
     "lora2 published": LoRA2.paper(r=3, k=2),
@@ -77,7 +78,7 @@ def test_right_rewrites_pass_at_rounding_error(method, sites):
     assert not any(check["vacuous"] for check in found.checks)
     effects = [check["effect"] for check in found.checks if check["check"] == "folded"]
     assert min(effects) > 0.01
-    assert found.to_dict()["checks"] == list(found.checks)
+    assert found.to_dict() == {"status": "passed", "max_error": found.max_error, "checks": list(found.checks)}
 
 
 @pytest.mark.parametrize("rewrite", ["weight", "property"])
@@ -131,6 +132,7 @@ def test_two_wrong_rewrites_are_both_named(tamper):
     tamper(program, "conv", "add = weight + type_as_1", "add = weight + 2 * type_as_1")
     found = verify_rewrites(program, small_inputs(), reference)
     assert set(found.failed) == {"linear.lora2fx_weight", "conv.lora2fx_weight"}
+    assert found.to_dict()["failed"] == list(found.failed)
 
 
 def snapshot(model):
@@ -194,10 +196,9 @@ def test_a_raising_base_model_is_left_as_it_was():
 
 def test_a_base_that_cannot_train_on_these_inputs_is_said():
     model = Moody(raises_in=3)
-    site = Site("linear.weight", "linear", "weight", (4, 4), OUT_IN)
     reference = reference_outputs(model, small_inputs())
     assert set(reference.outputs) == {"eval", "eval with gradients"}
-    found = verify_rewrites(adapt(model, METHODS["lora2"], [site]), small_inputs(), reference)
+    found = verify_rewrites(adapt(model, METHODS["lora2"], [LINEAR]), small_inputs(), reference)
     assert found.status == "passed"
     assert "raises RuntimeError: no mood" in found.checks[-1]["note"]
 
@@ -205,22 +206,105 @@ def test_a_base_that_cannot_train_on_these_inputs_is_said():
 class Noisy(nn.Module):
     """Not the same twice."""
 
-    def __init__(self):
+    def __init__(self, noise=1e-13):
         super().__init__()
-        self.linear = nn.Linear(4, 4).double()
+        self.linear, self.noise = nn.Linear(4, 4).double(), noise
         self.generator = np.random.default_rng(0)
 
     def forward(self, x):
-        return self.linear(x) * (1 + 1e-13 * self.generator.random())
+        return self.linear(x) * (1 + self.noise * self.generator.random())
 
 
 def test_a_base_that_does_not_repeat_itself_is_compared_within_the_tolerance():
     model = Noisy()
     reference = reference_outputs(model, small_inputs())
-    site = Site("linear.weight", "linear", "weight", (4, 4), OUT_IN)
-    found = verify_rewrites(adapt(model, METHODS["lora2"], [site]), small_inputs(), reference)
+    found = verify_rewrites(adapt(model, METHODS["lora2"], [LINEAR]), small_inputs(), reference)
     assert found.status == "passed"
     assert all("does not repeat itself" in check["note"] for check in found.checks if check["check"] == "base")
+
+
+def test_no_adapter_is_blamed_for_a_base_that_repeats_itself_too_badly():
+    program, reference = rewritten(model=Noisy(1e-6), sites=[LINEAR])
+    found = verify_rewrites(program, small_inputs(), reference)
+    assert (found.status, found.failed) == ("failed", ())
+    assert {check for check, _ in failing(found)} >= {"base", "masked"}
+    assert "failed" not in found.to_dict()
+
+
+class Choosy(nn.Module):
+    """Rounds otherwise by what needs gradients, as torch's attention and encoder layers do."""
+
+    def __init__(self, by_hidden):
+        super().__init__()
+        self.linear, self.head, self.by_hidden = nn.Linear(4, 4).double(), nn.Linear(4, 4).double(), by_hidden
+
+    def forward(self, x):
+        hidden = self.linear(x)
+        kernel = self.head.weight.requires_grad + 2 * (self.by_hidden and hidden.requires_grad)
+        return self.head(hidden) * (1 + kernel * 2.0**-50)
+
+
+FROZEN = "the bits of the frozen base"
+
+
+@pytest.mark.parametrize(
+    ("by_hidden", "rewrite", "status", "notes"),
+    [
+        (False, "activation", "passed", ["the bits of the frozen base", "the bits of the frozen base"]),
+        (
+            True,
+            "weight",
+            "passed",
+            ["the bits of the frozen base", "the bits of the base with only the merged weights"],
+        ),
+        (True, "activation", "failed", ["the bits of the frozen base", "not bit-equal"]),
+    ],
+)
+def test_bits_of_a_kernel_that_torch_chooses_by_what_needs_gradients_are_the_bases(by_hidden, rewrite, status, notes):
+    plans = {"linear.lora2fx_weight": rewrite}
+    program, reference = rewritten(model=Choosy(by_hidden), sites=[LINEAR], plans=plans)
+    found = verify_rewrites(program, small_inputs(), reference)
+    assert found.status == status
+    for name in ("base", "masked"):
+        checks = [check for check in found.checks if check["check"] == name]
+        assert [check["passed"] for check in checks] == [True, status == "passed"]
+        assert all(check["note"].startswith(note) for check, note in zip(checks, notes, strict=True))
+
+
+class Starved(nn.Module):
+    """Runs out of memory in the nth call of it and its copies; can't be differentiated in eval mode."""
+
+    calls, starves_in = itertools.count(), -1
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4).double()
+
+    def forward(self, x):
+        if next(self.calls) == self.starves_in:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        hidden = self.linear(x)
+        out = hidden * hidden
+        if not self.training:
+            hidden.mul_(1.0)
+        return out
+
+
+def test_memory_that_runs_out_is_no_finding(monkeypatch):
+    model = Starved()
+    program, reference = rewritten(model=model, sites=[LINEAR])
+    before = snapshot(model)
+    for starves_in in itertools.count():
+        monkeypatch.setattr(Starved, "calls", itertools.count())
+        monkeypatch.setattr(Starved, "starves_in", starves_in)
+        try:
+            found = verify_rewrites(program, small_inputs(), reference)
+        except torch.OutOfMemoryError:
+            assert snapshot(model) == before
+        else:
+            break
+    assert next(Starved.calls) == starves_in > 10, "every call's was passed on"
+    assert found.status == "passed"
 
 
 class Hidden(nn.Module):
@@ -344,7 +428,7 @@ def test_inputs_that_the_forward_changes_are_the_same_in_every_run():
 
     model, inputs = Eager(), Inputs((torch.ones(2, 4).double(), []))
     reference = reference_outputs(model, inputs)
-    program = adapt(model, METHODS["lora2"], [Site("linear.weight", "linear", "weight", (4, 4), OUT_IN)])
+    program = adapt(model, METHODS["lora2"], [LINEAR])
     assert verify_rewrites(program, inputs, reference).status == "passed"
     assert inputs.args[1] == [] and torch.equal(inputs.args[0], torch.ones(2, 4).double())
 
@@ -366,8 +450,7 @@ class Caching(nn.Module):
 
 @pytest.mark.parametrize(("always", "mode"), [(False, "train"), (True, "eval with gradients")])
 def test_gradients_are_compared_where_the_model_can_be_differentiated(always, mode):
-    site = Site("linear.weight", "linear", "weight", (4, 4), OUT_IN)
-    program, reference = rewritten(model=Caching(always), sites=[site])
+    program, reference = rewritten(model=Caching(always), sites=[LINEAR])
     found = verify_rewrites(program, small_inputs(), reference)
     (gradient,) = [check for check in found.checks if check["check"] == "gradient"]
     assert found.status == "passed"
