@@ -97,12 +97,10 @@ def largest(weight: Tensor) -> Tensor:
 
 
 def _overflows(merge: Merge) -> bool:
-    factors = merge.factors()
-    for tile in tiles(merge.weight.shape, factors.limit):
-        total = factors.tile(tile).add_(merge.weight.detach()[tile])
-        if not round_once(total, merge.weight.dtype).isfinite().all():
-            return True
-    return False
+    factors, dtype = merge.factors(), merge.weight.dtype
+    cut = tiles(merge.weight.shape, factors.limit)
+    sums = (factors.tile(tile).add_(merge.weight.detach()[tile]) for tile in cut)
+    return not all(round_once(total, dtype).isfinite().all() for total in sums)
 
 
 @torch.no_grad()

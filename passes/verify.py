@@ -105,7 +105,7 @@ def verify_rewrites(program: Program, inputs: Inputs, reference: Reference) -> V
     """
     if wrong := _not_zero(program):
         raise VerifyError(
-            f"{', '.join(wrong[:5])}: ΔW is not 0 before training, so the method's adapters would change the model."
+            f"{shortened(wrong)}: ΔW is not 0 before training, so the method's adapters would change the model."
             " Start one factor or the gate at 0."
         )
     trial = Trial(program, inputs, reference)

@@ -38,7 +38,7 @@ PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "fold": (
         ("lora2fx.passes.fold", "lora2fx.passes.merging"),
-        ("fold", "fold_rounding", "bad_use", "baselines", "faults_compute"),
+        ("fold", "fold_rounding", "bad_use", "baselines", "quantised", "faults_compute"),
     ),
     "verify": (
         ("lora2fx.passes.verify", "lora2fx.passes.checks"),

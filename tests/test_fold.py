@@ -13,7 +13,7 @@ from lora2fx.folding import fold
 from lora2fx.methods.lora import LoRA
 from lora2fx.methods.lora2 import LoRA2
 from lora2fx.passes.fold import _fits, finished, fold_adapters
-from lora2fx.passes.merging import Merge, is_foldable
+from lora2fx.passes.merging import Merge, is_foldable, largest
 from lora2fx.passes.rounding import round_once
 from lora2fx.passes.tiles import Factors, tiles
 from lora2fx.program import program_of
@@ -254,6 +254,16 @@ class Special(torch.Tensor):
 )
 def test_only_plain_dense_floating_point_tensors_are_added_to(weight, foldable):
     assert is_foldable(weight) is foldable
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2],
+    ids=str,
+)
+def test_the_largest_magnitude_of_a_weight_in_every_dtype(dtype):
+    assert largest(torch.tensor([[0.5, -3.0], [2.0, 1.0]]).to(dtype)).item() == 3.0
+    assert largest(torch.tensor([0.5, torch.nan]).to(dtype)).isnan()
 
 
 def test_factors_are_multiplied_where_the_weight_is():

@@ -18,6 +18,7 @@ from lora2fx.methods.lora2 import LoRA2
 from lora2fx.methods.salora import SaLoRA
 from lora2fx.methods.sora import SoRA
 from lora2fx.passes import install
+from lora2fx.passes.checks import shortened
 from lora2fx.passes.outputs import difference, identical
 from lora2fx.passes.probe import SIZE, randomise
 from lora2fx.passes.verify import reference_outputs, verify_rewrites
@@ -310,13 +311,13 @@ def test_memory_that_runs_out_is_no_finding(monkeypatch):
 class Hidden(nn.Module):
     """One weight that hardly shows in the output, and one that does not at all."""
 
-    def __init__(self):
+    def __init__(self, size=1e-12):
         super().__init__()
-        self.faint, self.unused = nn.Linear(4, 4).double(), nn.Linear(4, 4).double()
+        self.faint, self.unused, self.size = nn.Linear(4, 4).double(), nn.Linear(4, 4).double(), size
 
     def forward(self, x):
         self.unused(x)
-        return x + 1e-12 * self.faint(x)
+        return x + self.size * self.faint(x)
 
 
 def test_a_check_that_shows_nothing_says_so():
@@ -339,6 +340,81 @@ def test_what_the_outputs_do_not_show_the_gradient_does(tamper):
     found = verify_rewrites(program, small_inputs(), reference)
     assert failing(found) == {("gradient", "eval with gradients")}
     assert found.failed == ("faint.lora2fx_weight",)
+
+
+@pytest.mark.parametrize(("tolerances", "status"), [(99.5, "passed"), (100.5, "failed")])
+def test_gradients_may_be_off_by_a_hundred_tolerances(tamper, tolerances, status):
+    program, reference = rewritten(sites=SITES[:1])
+    off = f"add = linear + (type_as_2 - {tolerances}e-10 * (type_as_2 - type_as_2.detach()))"
+    tamper(program, "linear", ADD, off)
+    found = verify_rewrites(program, small_inputs(), reference)
+    (gradient,) = [check for check in found.checks if check["check"] == "gradient"]
+    assert gradient["error"] == pytest.approx(tolerances * 1e-10, rel=1e-4)
+    assert (gradient["tolerance"], found.status) == (pytest.approx(1e-8), status)
+
+
+@pytest.mark.parametrize(("tolerances", "vacuous"), [(4.5, True), (5.5, False)])
+def test_what_changes_the_outputs_by_less_than_five_tolerances_shows_nothing(tolerances, vacuous):
+    def folded(size):
+        model = Hidden(size)
+        program, reference = rewritten(model=model, sites=[Site("faint.weight", "faint", "weight", (4, 4), OUT_IN)])
+        return verify_rewrites(program, small_inputs(), reference).checks[2]
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        effect = folded(1e-9)["effect"]
+        torch.manual_seed(0)
+        found = folded(1e-9 * tolerances * 1e-10 / effect)
+    assert (found["check"], found["effect"]) == ("folded", pytest.approx(tolerances * 1e-10, rel=1e-4))
+    assert found["vacuous"] is vacuous
+    assert bool(found["note"]) is vacuous
+
+
+def test_of_many_names_five_are_shown():
+    assert shortened(list("abcde")) == "a, b, c, d, e"
+    assert shortened(list("abcdefg")) == "a, b, c, d, e and 2 more"
+
+
+class One(nn.Module):
+    """One linear map, the same each time it is made."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.linear = nn.Linear(4, 4).double()
+
+    def forward(self, x):
+        return self.linear(x)
+
+
+def first_entries(draws):
+    """Of `u` under the random factors of these draws: what tells a forward which ones it runs with."""
+    (adapter,) = rewritten(model=One(), sites=[LINEAR])[0].adapters.values()
+    for draw in draws:
+        randomise(adapter, One().linear.weight, torch.Generator().manual_seed(draw))
+        yield adapter.u.flatten()[0].item()
+
+
+@pytest.mark.parametrize(
+    ("draws", "wrong", "status", "error"),
+    [
+        ([1], "type_as_2.detach()", "passed", 0.0),
+        ([1, 2], "type_as_2.detach()", "passed", 0.0),
+        ([1, 2, 3], "type_as_2.detach()", "failed", 0.25),
+        ([1], "4 * type_as_2.detach()", "failed", 1.0),
+        ([1], "self.nothing", "failed", None),
+    ],
+    ids=["once", "twice", "thrice", "by more than half", "an exception"],
+)
+def test_one_rounding_that_turns_a_relu_over_is_no_wrong_rewrite(tamper, draws, wrong, status, error):
+    """It shows with some random factors only, and changes a result by less than half of its size."""
+    program, reference = rewritten(model=One(), sites=[LINEAR])
+    here = f"self.lora2fx_weight.u.flatten()[0].item() in {list(first_entries(draws))}"
+    tamper(program, "linear", ADD, f"add = linear + type_as_2 + ({wrong} if {here} else 0)")
+    found = verify_rewrites(program, small_inputs(), reference)
+    assert found.status == status
+    assert found.max_error == (None if error is None else pytest.approx(error, rel=0.3, abs=1e-15))
 
 
 class Amplifying(nn.Module):
