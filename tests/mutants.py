@@ -217,6 +217,7 @@ def run(part: str) -> int:
 
 def main() -> int:
     """The parts that are named, or all."""
+    import hypothesis.strategies
     import torch
     import transformers  # noqa: F401
 

@@ -452,6 +452,15 @@ def test_adapters_that_start_away_from_zero_are_refused():
         verify_rewrites(program, small_inputs(), reference)
 
 
+def test_factors_that_cancel_are_zero_too():
+    program, reference = rewritten(METHODS["lora"], sites=SITES[:1])
+    (adapter,) = program.adapters.values()
+    with torch.no_grad():
+        adapter.A.fill_(1.0)
+        adapter.B.copy_(torch.tensor([1.0, -1.0]).expand(6, 2))
+    assert verify_rewrites(program, small_inputs(), reference).status == "passed"
+
+
 def test_a_model_that_cannot_be_copied_is_refused_with_the_way_out():
     program, reference = rewritten()
     program.root.stream = (item for item in ())
