@@ -217,7 +217,7 @@ def run(part: str) -> int:
 
 def main() -> int:
     """The parts that are named, or all."""
-    import hypothesis.strategies
+    import hypothesis.strategies  # noqa: F401
     import torch
     import transformers  # noqa: F401
 
