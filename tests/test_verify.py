@@ -249,27 +249,24 @@ FROZEN = "the bits of the frozen base"
 
 
 @pytest.mark.parametrize(
-    ("by_hidden", "rewrite", "status", "notes"),
+    ("by_hidden", "rewrite", "status", "note"),
     [
-        (False, "activation", "passed", ["the bits of the frozen base", "the bits of the frozen base"]),
-        (
-            True,
-            "weight",
-            "passed",
-            ["the bits of the frozen base", "the bits of the base with only the merged weights"],
-        ),
-        (True, "activation", "failed", ["the bits of the frozen base", "not bit-equal"]),
+        (False, "activation", "passed", FROZEN),
+        (True, "weight", "passed", "the bits of the base with only the merged weights trained"),
+        (True, "activation", "failed", "not bit-equal"),
     ],
 )
-def test_bits_of_a_kernel_that_torch_chooses_by_what_needs_gradients_are_the_bases(by_hidden, rewrite, status, notes):
+def test_bits_of_a_kernel_that_torch_chooses_by_what_needs_gradients_are_the_bases(by_hidden, rewrite, status, note):
     plans = {"linear.lora2fx_weight": rewrite}
     program, reference = rewritten(model=Choosy(by_hidden), sites=[LINEAR], plans=plans)
     found = verify_rewrites(program, small_inputs(), reference)
     assert found.status == status
-    for name in ("base", "masked"):
-        checks = [check for check in found.checks if check["check"] == name]
-        assert [check["passed"] for check in checks] == [True, status == "passed"]
-        assert all(check["note"].startswith(note) for check, note in zip(checks, notes, strict=True))
+    checks = [check for check in found.checks if check["check"] in ("base", "masked")]
+    assert len(checks) == 3
+    for check in checks:
+        expected, passes = (FROZEN, True) if check["mode"] == "eval" else (note, status == "passed")
+        assert check["note"].startswith(expected)
+        assert check["passed"] is passes
 
 
 class Starved(nn.Module):
