@@ -239,3 +239,28 @@ def test_a_detached_model_uses_the_functional_form():
     hook.__self__.detach()
     assert not any(eager.SLOT in vars(adapter) for adapter in adapters_of(model))
     close(gradients(model, inputs()), gradients(copy.deepcopy(model), inputs()), 0)
+
+
+def test_an_adapter_that_no_site_read_keeps_what_it_had():
+    """None, or the gradient of an earlier micro-batch that read it."""
+    model, _ = attached()
+    twin = functional(model)
+    spare = model.spare.lora2fx_weight
+    model(inputs(), spare=False).square().sum().backward()
+    assert all(parameter.grad is None for parameter in spare.parameters())
+    for own in (model, twin):
+        own.zero_grad()
+        own(inputs()).square().sum().backward()
+        own(inputs() * 2, spare=False).square().sum().backward()
+    close([p.grad for p in trained(model)], [p.grad for p in trained(twin)], 1e-11)
+    assert all(parameter.grad is not None for parameter in spare.parameters())
+
+
+def test_frozen_factors_get_no_gradient():
+    model, _ = attached()
+    for adapter in adapters_of(model):
+        adapter.u.requires_grad_(False)
+    close(gradients(model, inputs()), gradients(functional(model), inputs()))
+    model.same.lora2fx_weight.v.requires_grad_(False)
+    close(gradients(model, inputs()), gradients(functional(model), inputs()))
+    assert model.same.lora2fx_weight.v.grad is None

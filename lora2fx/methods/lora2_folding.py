@@ -6,8 +6,9 @@ All factors of all adapters of one size in some 30 operations, forward and backw
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from operator import is_
 from typing import Any, cast
@@ -77,11 +78,6 @@ class _Order:
         """One mask of every adapter, stacked."""
         return torch.stack([adapter._buffers[name] for adapter in self.adapters])  # type: ignore[misc]
 
-    def spread(self, stacks: Sequence[Tensor]) -> list[Tensor]:
-        """The matrices of the stacks of `inputs`, by adapter."""
-        rows = [stack.unbind() for stack in stacks]
-        return [rows[stack][place] for stack, place in self.places]
-
 
 @dataclass(frozen=True)
 class _Core:
@@ -105,40 +101,47 @@ class _Core:
 
 
 class _Fold(torch.autograd.Function):
-    """(u…, v…, λ…, U…, V…) of n adapters → stacks of A (n·k, in) and of B (n, k, out), one a width.
-
-    An adapter whose A and B no site read gets no gradient.
-    """
+    """Stacks of u, v, λ, U and V of n adapters → stacks of A (n·k, in) and of B (n, k, out), one a width."""
 
     @staticmethod
-    def forward(ctx: Any, order: _Order, use: Use, *factors: Tensor) -> tuple[Tensor, ...]:
-        n = len(order.adapters)
-        u, v, lam, U, V = (factors[start : start + n] for start in range(0, len(factors), n))
-        core = _Core.of(order, torch.stack(v), torch.stack(lam), torch.stack(U))
+    def forward(ctx: Any, order: _Order, use: Use, *stacks: Tensor) -> tuple[Tensor, ...]:
+        u, (v, lam, U), V = _split(stacks, len(order.inputs))
+        core = _Core.of(order, v, lam, U)
         product = core.left.bmm(core.right)
-        stacks = tuple(torch.stack(V[start:stop]) for start, stop in order.outputs)
-        b = [product[start:stop].bmm(stack) for (start, stop), stack in zip(order.outputs, stacks, strict=True)]
-        a = [torch.stack([u[index] for index in group]).mT.contiguous().flatten(0, 1) for group in order.inputs]
-        use.stacks = {"u": tuple(_rows(own, product) for own in a), "v": (core.v,), "U": (core.U,), "V": stacks}
-        ctx.order, ctx.use, ctx.factors = order, use, factors
+        b = [product[start:stop].bmm(stack) for (start, stop), stack in zip(order.outputs, V, strict=True)]
+        a = [stack.mT.contiguous().flatten(0, 1) for stack in u]
+        use.stacks = {"u": tuple(_rows(own, product) for own in a), "v": (v,), "U": (U,), "V": V}
         # Not as saved tensors: several micro-batches go back through one folding, in and out of checkpointed blocks.
-        ctx.core, ctx.product, ctx.stacks = core, product, stacks
+        ctx.order, ctx.use, ctx.core, ctx.product, ctx.stacks = order, use, core, product, V
         return *a, *b
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         order: _Order = ctx.order
         if torch.is_grad_enabled():
-            return None, None, *_again(order, ctx.factors, grads)
+            return None, None, *_again(order, grads)
         stacks = _gradients(order, ctx.core, ctx.product, ctx.stacks, grads)
         ctx.use.keep(stacks)
-        n, read = len(order.adapters), ctx.use.read
-        columns: list[list[Any]] = [order.spread(stacks["u"])]
-        columns += [[row for stack in stacks[name] for row in stack.unbind()] for name in NAMES[1:]]
         # DDP waits for every gradient.
-        if len(read) < n and not (dist.is_available() and dist.is_initialized()):
-            columns = [[row if i in read else None for i, row in enumerate(column)] for column in columns]
-        return None, None, *(row for column in columns for row in column)
+        if len(ctx.use.read) < len(order.adapters) and not (dist.is_available() and dist.is_initialized()):
+            _leave_out(order, ctx.use.read)
+        return None, None, *(stack for name in NAMES for stack in stacks[name])
+
+
+def _split(stacks: Sequence[Tensor], inputs: int) -> tuple[Sequence[Tensor], Sequence[Tensor], tuple[Tensor, ...]]:
+    return stacks[:inputs], stacks[inputs : inputs + 3], tuple(stacks[inputs + 3 :])
+
+
+def _leave_out(order: _Order, read: Collection[int]) -> None:
+    """Adapters that no site read have no gradient: the zeros that they get in this backward are taken away after it."""
+    unread = [adapter for index, adapter in enumerate(order.adapters) if index not in read]
+    without = [p for adapter in unread for name in NAMES if (p := cast(Tensor, adapter._parameters[name])).grad is None]
+    torch.autograd.Variable._execution_engine.queue_callback(partial(_clear, without))
+
+
+def _clear(parameters: Sequence[Tensor]) -> None:
+    for parameter in parameters:
+        parameter.grad = None
 
 
 def _rows(stack: Tensor, product: Tensor) -> Tensor:
@@ -163,9 +166,9 @@ def _gradients(
     return {"u": u, "v": (scaled.mul_(core.lam),), "lam": (lam,), "U": (U,), "V": tuple(V)}
 
 
-def _again(order: _Order, factors: tuple[Tensor, ...], grads: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
-    """The gradients by torch's own derivatives, so that they have derivatives themselves."""
-    n = len(order.adapters)
+def _again(order: _Order, grads: Sequence[Tensor]) -> list[Tensor]:
+    """The gradients by torch's own derivatives, so that they have derivatives themselves; stacked."""
+    n, factors = len(order.adapters), order.factors
     u, v, lam, U, V = (factors[start : start + n] for start in range(0, len(factors), n))
     b = []
     for adapter, *own in zip(order.adapters, v, lam, U, V, strict=True):
@@ -173,12 +176,15 @@ def _again(order: _Order, factors: tuple[Tensor, ...], grads: Sequence[Tensor]) 
         b.append(core @ own[3] * adapter.gate().unsqueeze(-1))
     outputs = [torch.cat([u[index].mT for index in group]) for group in order.inputs]
     outputs += [torch.stack(b[start:stop]) for start, stop in order.outputs]
-    return torch.autograd.grad(outputs, factors, grads, create_graph=True, allow_unused=True)
+    found = torch.autograd.grad(outputs, factors, grads, create_graph=True)
+    by_factor = dict(zip(map(id, factors), found, strict=True))
+    return [torch.stack([by_factor[id(factor)] for factor in own]) for name in NAMES for own in order.grouped[name]]
 
 
 def _fold(order: _Order) -> Folded:
     use = order.use()
-    found = _Fold.apply(order, use, *order.factors)  # type: ignore[no-untyped-call]
+    stacks = [torch.stack(own) for name in NAMES for own in order.grouped[name]]
+    found = _Fold.apply(order, use, *stacks)  # type: ignore[no-untyped-call]
     count = len(order.inputs)
     b = tuple(row for stack in found[count:] for row in stack.unbind())
     return Folded(found[:count], order.places, b, use)
