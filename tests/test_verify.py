@@ -117,6 +117,7 @@ def test_a_wrong_rewrite_is_caught_and_blamed_on_its_site(tamper, path, old, new
     assert set(found.failed) <= own and found.failed
     if check == "gradient":
         assert failing(found) == {("gradient", "eval with gradients")}
+        assert len(found.failed) == 1, "a gradient tells the adapters of one owner apart"
 
 
 def test_what_is_wrong_in_train_mode_only_is_caught(tamper):
