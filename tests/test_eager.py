@@ -256,6 +256,18 @@ def test_an_adapter_that_no_site_read_keeps_what_it_had():
     assert all(parameter.grad is not None for parameter in spare.parameters())
 
 
+def test_two_foldings_go_back_together():
+    """An adapter that the first left unread, and the second read."""
+    model, _ = attached()
+    twin = functional(model)
+    for own in (model, twin):
+        first = own(inputs(), spare=False).square().sum()
+        own.up.lora2fx_weight.mask = ~own.up.lora2fx_weight.mask
+        (first + own(inputs() * 2).square().sum()).backward()
+    close([p.grad for p in trained(model)], [p.grad for p in trained(twin)], 1e-11)
+    assert all(parameter.grad.any() for parameter in model.spare.lora2fx_weight.parameters())
+
+
 def test_frozen_factors_get_no_gradient():
     model, _ = attached()
     for adapter in adapters_of(model):

@@ -124,7 +124,7 @@ class _Fold(torch.autograd.Function):
         ctx.use.keep(stacks)
         # DDP waits for every gradient.
         if len(ctx.use.read) < len(order.adapters) and not (dist.is_available() and dist.is_initialized()):
-            _leave_out(order, ctx.use.read)
+            _leave_out(order, ctx.use.read, stacks)
         return None, None, *(stack for name in NAMES for stack in stacks[name])
 
 
@@ -132,16 +132,19 @@ def _split(stacks: Sequence[Tensor], inputs: int) -> tuple[Sequence[Tensor], Seq
     return stacks[:inputs], stacks[inputs : inputs + 3], tuple(stacks[inputs + 3 :])
 
 
-def _leave_out(order: _Order, read: Collection[int]) -> None:
-    """Adapters that no site read have no gradient: the zeros that they get in this backward are taken away after it."""
+def _leave_out(order: _Order, read: Collection[int], stacks: Stacks) -> None:
+    """Adapters that no site read have no gradient: zeros, as hooks on them see, are taken away after the backward."""
     unread = [adapter for index, adapter in enumerate(order.adapters) if index not in read]
     without = [p for adapter in unread for name in NAMES if (p := cast(Tensor, adapter._parameters[name])).grad is None]
-    torch.autograd.Variable._execution_engine.queue_callback(partial(_clear, without))
+    places = {stack.untyped_storage().data_ptr() for own in stacks.values() for stack in own}
+    torch.autograd.Variable._execution_engine.queue_callback(partial(_clear, without, places))
 
 
-def _clear(parameters: Sequence[Tensor]) -> None:
+def _clear(parameters: Sequence[Tensor], places: Collection[int]) -> None:
+    """Take gradients away that lie at these places; what another folding has added to, doesn't."""
     for parameter in parameters:
-        parameter.grad = None
+        if parameter.grad is not None and parameter.grad.untyped_storage().data_ptr() in places:
+            parameter.grad = None
 
 
 def _rows(stack: Tensor, product: Tensor) -> Tensor:

@@ -170,11 +170,8 @@ class Bank:
         return not all(map(is_, now, known.tensors)) or sum(map(_version, now)) != known.version
 
     def _read(self, adapter: Adapter) -> list[Tensor]:
-        factors, masks = (
-            map(adapter._parameters.__getitem__, self._reads),
-            map(adapter._buffers.__getitem__, self._masks),
-        )
-        return [*factors, *masks]  # type: ignore[list-item]
+        factors = map(adapter._parameters.__getitem__, self._reads)
+        return [*factors, *map(adapter._buffers.__getitem__, self._masks)]  # type: ignore[list-item]
 
     def _refresh(self) -> None:
         with torch.autocast(self._adapters[0].progress.device.type, enabled=False):
