@@ -100,7 +100,8 @@ class Trial:
         """By the coarsest dtype among the model's parameters and outputs."""
         outputs = [output for found in self.reference.outputs.values() for output in found]
         tensors = (*self.program.root.parameters(), *outputs)
-        return max((TOLERANCE.get(dtype, 0.0) for dtype in {tensor.dtype for tensor in tensors}), default=0.0)
+        dtypes = {tensor.dtype for tensor in tensors}
+        return max([0.0, *(TOLERANCE[dtype] for dtype in dtypes if dtype in TOLERANCE)])
 
     @cached_property
     def unfoldable(self) -> list[str]:

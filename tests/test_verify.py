@@ -77,8 +77,11 @@ def test_right_rewrites_pass_at_rounding_error(method, sites):
     assert found.max_error < 1e-14
     assert [check["check"] for check in found.checks] == ["base"] * 2 + ["folded"] * 3 + ["gradient"] + ["masked"]
     assert not any(check["vacuous"] for check in found.checks)
-    effects = [check["effect"] for check in found.checks if check["check"] == "folded"]
-    assert min(effects) > 0.01
+    assert min(check["effect"] for check in found.checks if check["check"] == "folded") > 0.01
+    bits = [check for check in found.checks if check["check"] in ("base", "masked")]
+    assert {(check["error"], check["tolerance"], check["effect"], check["note"]) for check in bits} == {
+        (0, 0, None, "")
+    }
     assert found.to_dict() == {"status": "passed", "max_error": found.max_error, "checks": list(found.checks)}
 
 
@@ -118,6 +121,24 @@ def test_a_wrong_rewrite_is_caught_and_blamed_on_its_site(tamper, path, old, new
     if check == "gradient":
         assert failing(found) == {("gradient", "eval with gradients")}
         assert len(found.failed) == 1, "a gradient tells the adapters of one owner apart"
+
+
+@pytest.mark.parametrize(
+    ("new", "note"),
+    [
+        ("add = (linear + type_as_2)[:1]", "outputs differ in number, shape or finiteness"),
+        ("add = linear + type_as_2 + float('nan')", "outputs differ in number, shape or finiteness"),
+        ("add = self.nowhere", "the rewritten model raises AttributeError: "),
+    ],
+    ids=["a shape", "a NaN", "an exception"],
+)
+def test_where_no_difference_can_be_told_a_note_says_why(tamper, new, note):
+    program, reference = rewritten(sites=SITES[:1])
+    tamper(program, "linear", ADD, new)
+    for check in verify_rewrites(program, small_inputs(), reference).checks:
+        if check["check"] == "folded":
+            assert (check["passed"], check["error"]) == (False, None)
+            assert check["note"].startswith(note)
 
 
 def test_what_is_wrong_in_train_mode_only_is_caught(tamper):
@@ -202,7 +223,10 @@ def test_a_base_that_cannot_train_on_these_inputs_is_said():
     assert set(reference.outputs) == {"eval", "eval with gradients"}
     found = verify_rewrites(adapt(model, METHODS["lora2"], [LINEAR]), small_inputs(), reference)
     assert found.status == "passed"
-    assert "raises RuntimeError: no mood" in found.checks[-1]["note"]
+    assert [check["mode"] for check in found.checks if check["check"] == "base"] == ["eval", "eval with gradients"]
+    skipped = found.checks[-1]
+    assert (skipped["check"], skipped["mode"], skipped["passed"], skipped["vacuous"]) == ("all", "train", True, True)
+    assert skipped["note"] == "the base model raises RuntimeError: no mood"
 
 
 class Noisy(nn.Module):
@@ -332,6 +356,35 @@ def test_a_check_that_shows_nothing_says_so():
     )
 
 
+def test_gradients_of_what_is_never_used_show_nothing():
+    sites = [Site("unused.weight", "unused", "weight", (4, 4), OUT_IN)]
+    program, reference = rewritten(model=Hidden(), sites=sites)
+    found = verify_rewrites(program, small_inputs(), reference)
+    (gradient,) = [check for check in found.checks if check["check"] == "gradient"]
+    assert (gradient["passed"], gradient["vacuous"], gradient["error"]) == (True, True, 0.0)
+
+
+class Ranking(nn.Module):
+    """Returns integers too."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4).double()
+
+    def forward(self, x):
+        found = self.linear(x)
+        return found, found.argmax(-1)
+
+
+@pytest.mark.parametrize(("factor", "status"), [("1", "passed"), ("1.000001", "failed")])
+def test_integers_among_the_outputs_widen_no_tolerance(tamper, factor, status):
+    program, reference = rewritten(model=Ranking(), sites=[LINEAR])
+    tamper(program, "linear", ADD, f"add = linear + {factor} * type_as_2")
+    found = verify_rewrites(program, small_inputs(), reference)
+    assert found.status == status
+    assert {check["tolerance"] for check in found.checks if check["check"] == "folded"} == {1e-10}
+
+
 def test_what_the_outputs_do_not_show_the_gradient_does(tamper):
     program, reference = rewritten(model=Hidden(), sites=[Site("faint.weight", "faint", "weight", (4, 4), OUT_IN)])
     tamper(program, "faint", ADD, "add = linear + 1.1 * type_as_2")
@@ -418,12 +471,24 @@ def test_one_rounding_that_turns_a_relu_over_is_no_wrong_rewrite(tamper, draws, 
 class Amplifying(nn.Module):
     """Turns the last bits of its hidden layer into visible differences."""
 
-    def __init__(self):
+    def __init__(self, size=3e3):
         super().__init__()
-        self.linear = nn.Linear(4, 6)
+        self.linear, self.size = nn.Linear(4, 6), size
 
     def forward(self, x):
-        return torch.sin(3e3 * self.linear(x))
+        return torch.sin(self.size * self.linear(x))
+
+
+def test_an_adapter_without_a_gradient_is_no_noise(tamper):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Amplifying(3e5)
+    inputs = small_inputs(torch.float32)
+    reference = reference_outputs(model, inputs)
+    program = adapt(model, METHODS["lora2"], SITES[:1])
+    tamper(program, "linear", ADD, "add = linear + type_as_2.detach()")
+    found = verify_rewrites(program, inputs, reference)
+    assert failing(found) == {("gradient", "eval with gradients")}
 
 
 @pytest.mark.parametrize(("new", "status"), [(None, "passed"), ("add = linear - type_as_2", "failed")])
@@ -472,7 +537,10 @@ def test_narrow_dtypes_pass_with_their_own_tolerance(tamper, dtype):
     inputs = small_inputs(dtype)
     reference = reference_outputs(model, inputs)
     program = adapt(model, METHODS["lora2"])
-    assert verify_rewrites(program, inputs, reference).status == "passed"
+    found = verify_rewrites(program, inputs, reference)
+    assert found.status == "passed"
+    (gradient,) = [check for check in found.checks if check["check"] == "gradient"]
+    assert gradient["tolerance"] == pytest.approx({torch.float32: 1e-3, torch.float16: 0.2, torch.bfloat16: 0.5}[dtype])
     tamper(program, "linear", ADD, "add = linear - type_as_2")
     found = verify_rewrites(program, inputs, reference)
     assert (found.status, found.failed) == ("failed", ("linear.lora2fx_weight",))
