@@ -190,6 +190,20 @@ def test_everything_is_as_before(tamper, wrong):
     assert torch.equal(inputs.args[0], given)
 
 
+def test_what_an_adapter_remembers_is_not_of_the_random_factors():
+    program, reference = rewritten(METHODS["lora"], sites=SITES[:1])
+    (adapter,) = program.adapters.values()
+
+    class Remembering(type(adapter)):
+        def right(self):
+            self.remembered = super().right().detach().clone()
+            return super().right()
+
+    adapter.__class__ = Remembering
+    assert verify_rewrites(program, small_inputs(), reference).status == "passed"
+    assert torch.equal(adapter.remembered, type(adapter).__base__.right(adapter))
+
+
 class Moody(nn.Module):
     """Raises in the nth call; moves a buffer, the train flag and every generator before."""
 
