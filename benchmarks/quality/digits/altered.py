@@ -57,7 +57,7 @@ class ScoredAdapter(LoRA2Adapter):
     def axes(self) -> dict[str, Axis]:
         """The same axes, the columns scored otherwise."""
         found = super().axes()
-        return found | {"columns": replace(found["columns"], scored=self.scored)}
+        return found | {"columns": found["columns"]._replace(scored=self.scored)}
 
 
 @dataclass(frozen=True)
