@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -117,6 +118,7 @@ def test_mistakes_are_told_before_anything_runs(data: Path, model: str, tmp_path
 def test_runs_of_another_plan_are_not_mixed(data: Path, model: str, tmp_path: Path) -> None:
     out = tmp_path / "runs.jsonl"
     line = {"task": "cola", "contestant": "LoRA r=1", "rate": 0.1, "seed": 0, "use": "test", "steps": 12, "score": 0.5}
+    line["precision"] = "float32"
     asked = ["--data", str(data), "--model", model, "--out", str(out), "--task", "cola", "--show"]
     out.write_text(json.dumps(line) + "\n")
     with pytest.raises(SystemExit, match="12 steps on cola, and 13 were asked for"):
@@ -124,12 +126,18 @@ def test_runs_of_another_plan_are_not_mixed(data: Path, model: str, tmp_path: Pa
     out.write_text(json.dumps(line) + "\n" + json.dumps({**line, "rate": 0.2, "seed": 1}) + "\n")
     with pytest.raises(SystemExit, match=r"at the rates 0.1 and 0.2"):
         command.main([*asked, "--steps", "12"])
+    for main in (command.main, ablation.main):
+        with pytest.raises(SystemExit, match="holds runs in float32, and bfloat16 was asked for"):
+            main(
+                [argument for argument in asked if argument != "--show"] + ["--steps", "12", "--precision", "bfloat16"]
+            )
+    assert len(out.read_text().splitlines()) == 2
 
 
 def test_runs_at_a_rate_since_given_up_are_left_out(plan: Plan, tmp_path: Path) -> None:
     out = tmp_path / "runs.jsonl"
     tuned = [(0.1, "cola", 0.2), (0.1, "pairs", 0.4), (0.2, "cola", 0.5), (0.2, "pairs", 0.3), (0.3, "cola", 0.9)]
-    shared = {"contestant": "LoRA r=1", "steps": 12}
+    shared = {"contestant": "LoRA r=1", "steps": 12, "precision": "float32"}
     lines = [
         {**shared, "task": task, "rate": rate, "seed": seed, "use": "tune", "score": score}
         for seed in comparison.TUNING_SEEDS
@@ -161,6 +169,17 @@ def test_a_run_is_the_same_again(plan: Plan) -> None:
     for run in runs:
         del run["seconds"]
     assert runs[0] == runs[1] and runs[0]["metric"] == "pearson"
+
+
+def test_the_forward_computes_in_the_precision_that_was_asked_for(plan: Plan) -> None:
+    runs = {
+        precision: run_text(
+            replace(plan, precision=precision), "pairs", ENTRIES["LoRA r=1"].contestant, 0.01, 0, "tune"
+        )
+        for precision in ("float32", "bfloat16")
+    }
+    assert all(run["precision"] == precision for precision, run in runs.items())
+    assert 0 < abs(runs["float32"]["loss"] - runs["bfloat16"]["loss"]) < 0.1
 
 
 def test_contestants_share_the_six_targets_and_the_head(model: str) -> None:

@@ -58,7 +58,7 @@ def compared(options: argparse.Namespace) -> Comparison:
 def describe(comparison: Comparison) -> str:
     """What was run, on what, when."""
     model = PACKAGE if PACKAGE in Path(comparison.plan.model).parts else comparison.plan.model
-    machine = f"{platform.machine()}, {os.cpu_count()} processors, one thread a run"
+    machine = f"{platform.machine()}, {os.cpu_count()} processors, one thread a run, {comparison.plan.precision}"
     return "\n".join(
         [
             f"{model}: batches of {BATCH}, {LENGTH} tokens, head at {HEAD_RATE:g}; dev scores in per cent, standard"

@@ -19,10 +19,10 @@ import torch
 
 from benchmarks.quality.comparing import compare
 from benchmarks.quality.contestants import Contestant, Ours
-from benchmarks.quality.store import Job, Record, run_jobs
+from benchmarks.quality.store import Job, Record, read_runs, run_jobs
 from benchmarks.quality.text.options import add_options, plan_of
 from benchmarks.quality.text.table import over_tasks
-from benchmarks.quality.text.task import Plan, run_text
+from benchmarks.quality.text.task import Plan, check_precision, run_text
 from lora2fx import LoRA2
 from lora2fx.errors import Lora2fxError
 
@@ -83,6 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     try:
         plan = plan_of(options)
+        check_precision(read_runs(options.out).values(), plan, options.out)
     except Lora2fxError as error:
         sys.exit(str(error))
     tasks = [source.name for source in plan.sources]

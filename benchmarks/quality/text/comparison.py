@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.quality.store import Job, Record, read_runs, run_jobs
 from benchmarks.quality.text.contestants import ENTRIES, LADDER, tuned
-from benchmarks.quality.text.task import Plan, run_text
+from benchmarks.quality.text.task import Plan, check_precision, run_text
 from lora2fx.errors import RunError
 
 TUNING_SEEDS = (100, 101)
@@ -75,10 +75,12 @@ class Comparison:
     def finished(self) -> list[Record]:
         """The test runs in `path` at the rates that its tuning runs choose; those at rates since given up are left out.
 
-        Raises `RunError` where runs are of other steps than the plan's, or of two rates and nothing says which.
+        Raises `RunError` where runs are of other steps or another precision than the plan's, or of two rates and
+        nothing says which. Tuning runs may be of another precision: a rate is a rung of a ladder.
         """
         runs = read_runs(self.path)
         self._check_steps(runs.values())
+        check_precision((record for job, record in runs.items() if job.use == "test"), self.plan, self.path)
         chosen = self._chosen(runs)
         found = [
             record

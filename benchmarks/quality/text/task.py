@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from benchmarks.quality.contestants import Contestant, Setting
 from benchmarks.quality.fitting import fit
+from benchmarks.quality.store import Record
 from benchmarks.quality.text.encoder import HEAD, loss_of, make_model, targets_of
 from benchmarks.quality.text.examples import BATCH, Examples, Rows, Source, examples_of
+from lora2fx.errors import RunError
 
+Precision = Literal["float32", "bfloat16"]
+PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16")
 HEAD_RATE = 3e-3
 HELD_SHARE, HELD_ROWS = 0.25, 1000
 """Of the training rows this share is held back to choose rates, but no more than so many."""
@@ -26,11 +32,21 @@ FIXED = 32
 
 @dataclass(frozen=True)
 class Plan:
-    """The model's folder or hub id, the tasks, and the optimizer steps of a run, None for each task's own."""
+    """The model's folder or hub id, the tasks, and the optimizer steps of a run, None for each task's own.
+
+    In bfloat16 the forward computes where autocast does; what is trained stays float32. It is faster where the
+    processor multiplies in it (AVX512-BF16, AMX), and elsewhere ten times slower.
+    """
 
     model: str
     sources: tuple[Source, ...]
     steps: int | None = None
+    precision: Precision = "float32"
+
+    @property
+    def low_precision(self) -> bool:
+        """Whether the forward is in bfloat16."""
+        return self.precision == "bfloat16"
 
     def source(self, name: str) -> Source:
         """The task of that name."""
@@ -41,13 +57,22 @@ class Plan:
         return self.steps or STEPS.get(name, USUAL_STEPS)
 
 
+def check_precision(records: Iterable[Record], plan: Plan, path: Path) -> None:
+    """Raise `RunError` where runs that are to be compared with the plan's are of the other precision."""
+    if odd := {record["precision"] for record in records} - {plan.precision}:
+        raise RunError(
+            f"{path} holds runs in {odd.pop()}, and {plan.precision} was asked for. Name another file with --out, or"
+            " pass --precision."
+        )
+
+
 @torch.no_grad()
-def judge(model: nn.Module, rows: Rows, examples: Examples) -> dict[str, float]:
+def judge(model: nn.Module, rows: Rows, examples: Examples, low_precision: bool) -> dict[str, float]:
     """`score`, the task's metric, and the mean `loss` over all rows."""
     found, labels = [], []
     for batch in rows.in_order():
         labels.append(batch.pop("labels"))
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=low_precision):
             found.append(model(**batch).logits)
     logits, wanted = torch.cat(found), torch.cat(labels)
     return {"score": examples.score(logits, wanted), "loss": float(loss_of(logits, wanted))}
@@ -63,7 +88,7 @@ def run_text(plan: Plan, task: str, contestant: Contestant, rate: float, seed: i
 
     @torch.no_grad()
     def evaluate(adapted: nn.Module) -> float:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=plan.low_precision):
             return -float(adapted(**fixed).loss)
 
     model = make_model(plan.model, examples.outputs, seed)
@@ -71,6 +96,6 @@ def run_text(plan: Plan, task: str, contestant: Contestant, rate: float, seed: i
     setting = Setting(targets_of(plan.model), (HEAD,), steps, rate, HEAD_RATE, shown)
     torch.manual_seed(seed)
     trainee = contestant.begin(model, setting, evaluate)
-    seconds = fit(trainee, train.shuffled(steps, seed), steps, low_precision=True)
-    asked = {"metric": examples.metric, "steps": steps, "batch": BATCH}
-    return judge(trainee.model, test, examples) | asked | {"seconds": seconds} | trainee.outcome()
+    seconds = fit(trainee, train.shuffled(steps, seed), steps, low_precision=plan.low_precision)
+    asked = {"metric": examples.metric, "steps": steps, "batch": BATCH, "precision": plan.precision}
+    return judge(trainee.model, test, examples, plan.low_precision) | asked | {"seconds": seconds} | trainee.outcome()
