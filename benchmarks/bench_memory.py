@@ -1,14 +1,16 @@
 """Bytes that a forward keeps for its backward, each storage once, weights left out: exact.
 
-Writes results/memory.json and prints a table.
+Writes results/memory.json, or memory-bfloat16.json, and prints a table.
 
-python benchmarks/bench_memory.py
+python benchmarks/bench_memory.py [--bfloat16]
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 from counting import saved_bytes, state_of
@@ -21,11 +23,14 @@ RESULTS = Path(__file__).parent / "results"
 
 def main() -> None:
     """Measure each variant in the GEMM-bound setting."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bfloat16", action="store_true", help="the forward under autocast")
+    low = parser.parse_args().bfloat16
     warnings.simplefilter("ignore")
     logging.set_verbosity_error()
     found = {}
     for name, make in VARIANTS.items():
-        training = make(GEMM_BOUND)
+        training = replace(make(GEMM_BOUND), bfloat16=low)
         found[name] = saved_bytes(training.loss, state_of(training.model))
         del training
     print("| kept for the backward, GEMM-bound | MiB | / frozen base |")
@@ -34,7 +39,7 @@ def main() -> None:
         print(f"| {name} | {held / 2**20:.1f} | {held / found[BASE]:.3f} |")
     RESULTS.mkdir(exist_ok=True)
     text = json.dumps({**circumstances(), "setting": vars(GEMM_BOUND), "bytes": found}, indent=1)
-    (RESULTS / "memory.json").write_text(text + "\n", encoding="utf-8")
+    (RESULTS / f"memory{'-bfloat16' if low else ''}.json").write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

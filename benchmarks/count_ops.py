@@ -1,14 +1,17 @@
 """How many operations a training step dispatches, and how often the host waits: exact, the same on every machine.
 
-Writes results/operations.json and prints a table. A foreach operation over many tensors is one; views are none.
+Writes results/operations.json, or operations-bfloat16.json, and prints a table. A foreach operation over many tensors
+is one; views are none.
 
-python benchmarks/count_ops.py
+python benchmarks/count_ops.py [--bfloat16]
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +46,14 @@ def counted(training: Training) -> dict[str, int]:
 
 def main() -> None:
     """Count each variant in the launch-bound setting."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bfloat16", action="store_true", help="the forward under autocast")
+    low = parser.parse_args().bfloat16
     warnings.simplefilter("ignore")
     logging.set_verbosity_error()
     sites = LAUNCH_BOUND.sites
-    found: dict[str, Any] = {name: counted(make(LAUNCH_BOUND)) for name, make in VARIANTS.items()}
+    makers = VARIANTS.items()
+    found: dict[str, Any] = {name: counted(replace(make(LAUNCH_BOUND), bfloat16=low)) for name, make in makers}
     base = found[BASE]
     print(f"| launch-bound, {sites} matrices | more in forward and backward, each | after the backward | host syncs |")
     print("|---|---|---|---|")
@@ -55,7 +62,7 @@ def main() -> None:
         print(f"| {name} | {extra:.1f} | {own['after_backward']} | {own['host_syncs']} |")
     RESULTS.mkdir(exist_ok=True)
     text = json.dumps({**circumstances(), "sites": sites, "counts": found}, indent=1)
-    (RESULTS / "operations.json").write_text(text + "\n", encoding="utf-8")
+    (RESULTS / f"operations{'-bfloat16' if low else ''}.json").write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -44,17 +44,22 @@ SETTINGS = {setting.name: setting for setting in (GEMM_BOUND, LAUNCH_BOUND)}
 
 @dataclass(frozen=True)
 class Training:
-    """A model that trains: `step` is everything from zero_grad to what the method does after the optimizer's step."""
+    """A model that trains: `step` is everything from zero_grad to what the method does after the optimizer's step.
+
+    `bfloat16` has the forward compute in bfloat16 where autocast does.
+    """
 
     model: nn.Module
     batch: dict[str, Tensor]
     optimizer: torch.optim.Optimizer
     extra_loss: Callable[[], Tensor] | None = None
     after: Callable[[], None] | None = None
+    bfloat16: bool = False
 
     def loss(self) -> Tensor:
         """The forward, regulariser included where it is part of the loss."""
-        loss: Tensor = self.model(**self.batch).loss
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.bfloat16):
+            loss: Tensor = self.model(**self.batch).loss
         return loss if self.extra_loss is None else loss + self.extra_loss()
 
     def step(self) -> None:

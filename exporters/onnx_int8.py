@@ -3,9 +3,9 @@
 Activations are quantised as they come. What was proven of the weights stays proven: an 8-bit weight is within half a
 step of the merged one, every other constant is the same.
 
-Weights use 7 of their 8 bits. A processor without VNNI adds two products of 8 bits in 16 before it widens them, and cuts
-off what is beyond: 2 · 255 · 127 is, 2 · 255 · 64 is not. So a file computes alike wherever it runs, and what was proven
-here holds there.
+Weights use 7 of their 8 bits. A processor without VNNI adds two products of 8 bits in 16, before it widens them, and
+cuts off what is beyond: 2 · 255 · 127 is, 2 · 255 · 64 is not. So a file computes alike wherever it runs, and what was
+proven here holds there.
 """
 
 from __future__ import annotations

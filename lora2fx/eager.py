@@ -6,11 +6,11 @@ no_grad, and wherever adapters are not attached to an optimizer, or are sharded,
 
 The *eager* form is for training op by op. While an `Attachment` drives the adapters, all of them are folded in a
 handful of operations once a step (see `training.bank`), ΔW = Aᵀ B with A (k, in) and B (k, out), so that a site costs
-two small products more than the frozen layer. Plain float tensors without autocast go through `training.products`:
-where x is small by torch's own derivatives, else by one function that makes x again in the backward, rather than keep
-it, where it can (`training.rebuilding`); sites that were seen to read the same x
-when the model was transformed are computed together (`training.sharing`).
-Whatever else comes along (autocast, weights that train, quantised ones) takes the folded factors as they are.
+two small products more than the frozen layer. Plain float tensors go through `training.products`, under autocast in its
+dtype: where x is small by torch's own derivatives, else by one function that makes x again in the backward, rather
+than keep it, where it can (`training.rebuilding`); sites that were seen to read the same x when the model was
+transformed are computed together (`training.sharing`). Whatever else comes along (weights that train, quantised ones, a
+model in low precision without autocast) takes the folded factors as they are.
 
 The regulariser's gradient is added in closed form to stacks of gradients, where they are plain tensors without a loss
 scale, by autograd else (`training.driver`). Tests hold each against its reference in float64.
@@ -110,10 +110,9 @@ def adapted_linear(x: Tensor, weight: Tensor, bias: Tensor | None, adapter: Adap
         y = F.linear(x, weight, bias)
         update: Tensor = adapter(x)
         return y + update.type_as(y)
-    if not torch.is_autocast_enabled(x.device.type):
-        found = slot.source.product(slot.index, x, weight, bias)
-        if found is not None:
-            return found
+    found = slot.source.product(slot.index, x, weight, bias)
+    if found is not None:
+        return found
     a, b = slot.source.factors(slot.index)
     y = F.linear(x, weight, bias)
     return y + ((x.type_as(a) @ a.t()) @ b).type_as(y)

@@ -83,6 +83,29 @@ def test_a_site_costs_at_most_seven_operations_and_the_rest_is_the_same_for_any_
     assert many[2] == few[2] == 1, "the one read that says whether the step is to be skipped"
 
 
+@pytest.mark.parametrize("size", [2**16, 0], ids=["torch's derivatives", "own function"])
+def test_under_autocast_a_site_costs_what_it_costs_without(size, monkeypatch):
+    monkeypatch.setattr(products, "SMALL", size)
+
+    def operations(make, pairs):
+        model, optimizer = make(pairs)
+
+        def passes():
+            model.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = model(batch()).square().mean()
+            loss.backward()
+
+        for _ in range(3):
+            passes()
+            optimizer.step()
+        return dispatched_operations(passes).total()
+
+    few, many = (operations(adapted, pairs) - operations(frozen, pairs) for pairs in (2, 10))
+    assert many - few <= 7 * 2 * (10 - 2)
+    assert few <= 7 * 4 + 50, "the folding, and its copy in bfloat16"
+
+
 class Shared(nn.Module):
     """Rows of three linear layers that read one x each."""
 

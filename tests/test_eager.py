@@ -204,6 +204,58 @@ def test_mixed_precision_gives_the_functional_dtypes(context, base):
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
+def low_precision(dtype=torch.bfloat16, **arguments):
+    return torch.autocast("cpu", dtype, **arguments)
+
+
+@pytest.mark.usefixtures("_size")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("spare", [True, False], ids=["all used", "one left out"])
+def test_autocast_computes_in_its_dtype_as_exactly_as_the_functional_form(dtype, spare, monkeypatch):
+    """Both against float64: neither the outputs nor the gradients are further off, but for the luck of the rounding."""
+    model, _ = attached(dtype=torch.float32)
+    twin, exact, calls = functional(model), functional(model).double(), []
+    monkeypatch.setattr(AddedProducts, "apply", spy(AddedProducts.apply, calls))
+    expected = gradients(exact, inputs(), spare=spare)
+    with low_precision(dtype):
+        found = gradients(model, inputs().float(), spare=spare)
+        assert bool(calls) == (products.SMALL == 0)
+        reference = gradients(twin, inputs().float(), spare=spare)
+    assert [None if own is None else own.dtype for own in found] == [
+        None if own is None else own.dtype for own in reference
+    ]
+    for own, other, value in zip(found, reference, expected, strict=True):
+        if value is not None:
+            error, usual = (float(((each - value).norm() / value.norm()).detach()) for each in (own, other))
+            assert error <= max(1.5 * usual, 4 * torch.finfo(dtype).eps), (error, usual)
+    if not spare:
+        assert model.spare.lora2fx_weight.u.grad is None
+
+
+@pytest.mark.usefixtures("_size")
+def test_a_part_of_the_model_that_leaves_autocast_computes_in_float32(monkeypatch):
+    model, _ = attached(dtype=torch.float32)
+    twin, folds = functional(model), []
+    source = vars(model.up.lora2fx_weight)[eager.SLOT].source
+    monkeypatch.setattr(type(source), "_refresh", spy(type(source)._refresh, folds))
+
+    def run(own, x):
+        own.zero_grad()
+        for _ in range(2):
+            inner = own.up(x).tanh()
+            with low_precision(enabled=False):
+                inner = own.up(x) + inner.float()
+                assert inner.dtype == torch.float32
+            own.same(own.down(inner)).square().sum().backward()
+        return [own.up.lora2fx_weight.u.grad, own.down.lora2fx_weight.V.grad, own.same.lora2fx_weight.lam.grad]
+
+    with low_precision():
+        found, expected = run(model, inputs().float()), run(twin, inputs().float())
+    assert len(folds) == 1, "one folding, and one copy of it, for both dtypes and both micro-batches"
+    for own, other in zip(found, expected, strict=True):
+        assert float((own - other).norm() / other.norm()) < 0.02
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch's own, in jvp
 def test_transforms_of_torch_func_use_the_functional_form():
     model, _ = attached()

@@ -22,6 +22,7 @@ from lora2fx.methods.lora2_closed_penalty import ClosedPenalty
 from lora2fx.methods.lora2_factors import LoRA2Adapter
 from lora2fx.training.bank import Folding
 from lora2fx.training.folded import Folded, Stacks, Use
+from lora2fx.training.products import without_autocast
 
 NAMES = ("u", "v", "lam", "U", "V")
 MASKS = ("mask", "column_mask")
@@ -118,9 +119,10 @@ class _Fold(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         order: _Order = ctx.order
-        if torch.is_grad_enabled():
-            return None, None, *_again(order, grads)
-        stacks = _gradients(order, ctx.core, ctx.product, ctx.stacks, grads)
+        with without_autocast(ctx.product.device):
+            if torch.is_grad_enabled():
+                return None, None, *_again(order, grads)
+            stacks = _gradients(order, ctx.core, ctx.product, ctx.stacks, grads)
         ctx.use.keep(stacks)
         # DDP waits for every gradient.
         if len(ctx.use.read) < len(order.adapters) and not (dist.is_available() and dist.is_initialized()):
@@ -189,8 +191,7 @@ def _fold(order: _Order) -> Folded:
     stacks = [torch.stack(own) for name in NAMES for own in order.grouped[name]]
     found = _Fold.apply(order, use, *stacks)  # type: ignore[no-untyped-call]
     count = len(order.inputs)
-    b = tuple(row for stack in found[count:] for row in stack.unbind())
-    return Folded(found[:count], order.places, b, use)
+    return Folded(found[:count], order.places, found[count:], use)
 
 
 def _plan(adapters: Sequence[LoRA2Adapter]) -> list[tuple[list[int], _Order]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from operator import attrgetter, is_
@@ -16,7 +16,7 @@ from lora2fx.adapter import Adapter
 from lora2fx.eager import connect, disconnect
 from lora2fx.sharding import is_sharded
 from lora2fx.training.folded import Cuts, Folded, Stacks, Use
-from lora2fx.training.products import Layer, added_products, is_frozen
+from lora2fx.training.products import Layer, added_products, is_cast, is_frozen, product_dtype
 from lora2fx.training.sharing import Member, Shared, Sharing
 
 _version = attrgetter("_version")
@@ -81,7 +81,8 @@ class Bank:
     """The folded factors of all adapters that have an eager form; folded anew once one that is asked for changed.
 
     A change is seen by torch's version counters, which a write through `.data` and a fused optimizer pass by: `expire`
-    says so after every step. `shared` are adapters whose layers are computed together.
+    says so after every step. `shared` are adapters whose layers are computed together. Autocast gets copies of the
+    folded stacks in its dtype, made once a folding.
     """
 
     def __init__(
@@ -94,6 +95,7 @@ class Bank:
             self._fold, self._reads, self._masks = folding.together(self._adapters), folding.reads, folding.masks
         self._groups: list[tuple[list[int], Folded]] = []
         self._folds: list[_Folds] = []
+        self._cast: dict[torch.dtype, list[_Folds]] = {}
         self._laid: list[tuple[tuple[int, int], ...]] = []
         self._cuts: list[Cuts] = []
         self._sharing = Sharing(self._members(shared))
@@ -112,7 +114,7 @@ class Bank:
         """Forget what was folded."""
         if self._sharing.settle():
             self._laid = []
-        self._groups, self._folds = [], []
+        self._groups, self._folds, self._cast = [], [], {}
 
     def uses(self) -> list[Use] | None:
         """What became of the adapters' folding, where their gradients are still stacked as it left them.
@@ -138,25 +140,37 @@ class Bank:
         return own.a(), own.b
 
     def product(self, index: int, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-        """x Wᵀ + b + (x Aᵀ) B; None where W or b trains, or is no plain tensor of the factors' dtype."""
-        own = self._current(index)
-        if x.dtype != own.b.dtype or not is_frozen(weight, bias, x):
+        """x Wᵀ + b + (x Aᵀ) B in the dtype of a linear layer of x.
+
+        None where W or b trains or is no plain tensor, or, without autocast, where the factors are of another dtype.
+        """
+        own, dtype = self._current(index), product_dtype(x)
+        if not is_frozen(weight, bias, x) or not (dtype == own.b.dtype or is_cast(x)):
             return None
+        folds = self._folds if dtype == own.b.dtype else self._in_dtype(dtype)
+        own = folds[index]
         own.folded.use.read.add(own.place)
         layer = Layer(index, weight, bias)
         if index not in self._sharing.involved:
             return added_products(x, (layer,), own.a(), (own.b,), self._rebuild)[0]
-        return self._product_of_team(own, x, layer)
+        return self._product_of_team(folds, x, layer)
 
-    def _product_of_team(self, own: _Folds, x: Tensor, layer: Layer) -> Tensor:
+    def _in_dtype(self, dtype: torch.dtype) -> list[_Folds]:
+        """All adapters' parts as autocast would cast them."""
+        if dtype not in self._cast:
+            self._cast[dtype] = self._parts([(indices, folded.to(dtype)) for indices, folded in self._groups])
+        return self._cast[dtype]
+
+    def _product_of_team(self, folds: Sequence[_Folds], x: Tensor, layer: Layer) -> Tensor:
         """The layer's output, out of those computed together where it can be."""
+        own = folds[layer.number]
         known = self._sharing.take(x, layer, own.folded)
         if known is not None:
             return known
         layers = self._sharing.team(x, layer)
         if len(layers) == 1:
             return added_products(x, layers, own.a(), (own.b,), self._rebuild)[0]
-        right = [self._folds[member.number].b for member in layers]
+        right = [folds[member.number].b for member in layers]
         found = added_products(x, layers, own.piece, right, self._rebuild)
         return self._sharing.keep(x, layers, found, layer.number, own.folded)
 
@@ -180,13 +194,17 @@ class Bank:
         if len(laid) != len(self._laid) or not all(map(is_, laid, self._laid)):
             self._lay_out()
             self._laid = laid
+        self._folds, self._cast = self._parts(self._groups), {}
+
+    def _parts(self, groups: Iterable[tuple[list[int], Folded]]) -> list[_Folds]:
+        """Each adapter's part in the foldings, in the adapters' order."""
         folds = dict[int, _Folds]()
-        for (indices, folded), cuts in zip(self._groups, self._cuts, strict=True):
+        for (indices, folded), cuts in zip(groups, self._cuts, strict=True):
             pieces = folded.pieces(cuts)
             for place, (index, b, (piece, start)) in enumerate(zip(indices, folded.b, pieces, strict=True)):
                 tensors = self._read(self._adapters[index])
                 folds[index] = _Folds(folded, place, b, piece, start, tensors, sum(map(_version, tensors)))
-        self._folds = [folds[index] for index in range(len(self._adapters))]
+        return [folds[index] for index in range(len(self._adapters))]
 
     def _lay_out(self) -> None:
         """Which sites are computed together, and how the stacks of A are cut for that: the same from step to step."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -103,13 +104,23 @@ class Folded:
     """Adapters folded together, by their index among them.
 
     `a` are stacks (n·k, in) of one input width each; `places` says in which of them an adapter's A is, and as which
-    matrix of it; `b` are the B (k, out), one an adapter.
+    matrix of it; `right` are stacks (n, k, out) of the B, one behind the other in the adapters' order.
     """
 
     a: tuple[Tensor, ...]
     places: tuple[tuple[int, int], ...]
-    b: tuple[Tensor, ...]
+    right: tuple[Tensor, ...]
     use: Use
+
+    @cached_property
+    def b(self) -> tuple[Tensor, ...]:
+        """The B (k, out), one an adapter."""
+        return tuple(row for stack in self.right for row in stack.unbind())
+
+    def to(self, dtype: torch.dtype) -> Folded:
+        """The same in another dtype, of which the gradients are made what the factors' are."""
+        a, right = (tuple(stack.to(dtype) for stack in stacks) for stacks in (self.a, self.right))
+        return replace(self, a=a, right=right)
 
     def cuts(self, teams: Iterable[Sequence[int]]) -> Cuts:
         """How the stacks are cut: the A of a team, side by side, stay one piece."""

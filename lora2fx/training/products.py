@@ -1,8 +1,12 @@
-"""y = x Wᵀ + b + (x Aᵀ) B of one site, or of several that read the same x; W and b are frozen."""
+"""y = x Wᵀ + b + (x Aᵀ) B of one site, or of several that read the same x; W and b are frozen.
+
+All of it in the dtype of A and B, which under autocast is autocast's, as torch's own linear layer would cast.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +15,8 @@ from torch.nn import functional as F
 
 from lora2fx.training.rebuilding import Origin, origin_of
 
+CAST = (torch.float32, torch.bfloat16, torch.float16)
+"""What autocast casts."""
 SMALL = 2**16
 """Elements of x up to which calls cost more than passes over memory."""
 
@@ -23,15 +29,32 @@ class Layer(NamedTuple):
     bias: Tensor | None
 
 
+def is_cast(x: Tensor) -> bool:
+    """Whether autocast casts what a linear layer of x reads."""
+    return torch.is_autocast_enabled(x.device.type) and x.dtype in CAST
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that a linear layer of x computes in: autocast's, or x's own."""
+    return torch.get_autocast_dtype(x.device.type) if is_cast(x) else x.dtype
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """For a backward, which may be called under autocast: each product in the dtype of what it is given."""
+    on = torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if on else nullcontext()
+
+
 def is_frozen(weight: Tensor, bias: Tensor | None, x: Tensor) -> bool:
-    """Whether weight and bias are plain tensors, of x's dtype and on its device, that don't train."""
-    return _is_plain(weight, x) and (bias is None or _is_plain(bias, x))
+    """Whether weight and bias are plain tensors on x's device that don't train, of x's dtype or cast as x is."""
+    dtypes = CAST if is_cast(x) else (x.dtype,)
+    return _is_plain(weight, x, dtypes) and (bias is None or _is_plain(bias, x, dtypes))
 
 
-def _is_plain(tensor: Tensor, x: Tensor) -> bool:
+def _is_plain(tensor: Tensor, x: Tensor, dtypes: Collection[torch.dtype]) -> bool:
     kind = type(tensor)
     plain = (kind is nn.Parameter or kind is Tensor) and not tensor.requires_grad
-    return plain and tensor.dtype == x.dtype and tensor.device == x.device
+    return plain and tensor.dtype in dtypes and tensor.device == x.device
 
 
 class AddedProducts(torch.autograd.Function):
@@ -46,6 +69,8 @@ class AddedProducts(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, origin: Origin | None, a: Tensor, *layers: Tensor | None) -> Any:  # noqa: D102
         ctx.set_materialize_grads(False)
         weights, biases, b = _columns(layers)
+        weights = [weight.to(x.dtype) for weight in weights]
+        biases = [None if bias is None else bias.to(x.dtype) for bias in biases]
         rows = x.reshape(-1, x.shape[-1])
         inner = a.mm(rows.t())
         outputs = []
@@ -64,8 +89,14 @@ class AddedProducts(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:  # noqa: D102
-        if all(grad is None for grad in grads):
+        given = next((grad for grad in grads if grad is not None), None)
+        if given is None:
             return (None,) * (3 + 3 * ctx.count)
+        with without_autocast(given.device):
+            return AddedProducts._gradients(ctx, grads)
+
+    @staticmethod
+    def _gradients(ctx: Any, grads: Sequence[Tensor | None]) -> Any:
         n, (inner, a, *kept) = ctx.count, ctx.saved_tensors
         b, weights, kept = kept[:n], kept[n : 2 * n], kept[2 * n :]
         x = kept[0] if ctx.origin is None else ctx.origin.rebuild(kept)
@@ -105,6 +136,7 @@ def added_products(
     x: Tensor, layers: Sequence[Layer], a: Tensor, b: Sequence[Tensor], rebuild: bool
 ) -> tuple[Tensor, ...]:
     """One output a layer; torch's own derivatives, whose nodes cost less than Python, where x is small."""
+    x = x.to(a.dtype)
     if x.numel() > SMALL:
         origin = origin_of(x) if rebuild else None
         own = [part for layer, right in zip(layers, b, strict=True) for part in (layer.weight, layer.bias, right)]
