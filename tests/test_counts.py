@@ -84,6 +84,24 @@ def test_a_site_costs_at_most_seven_operations_and_the_rest_is_the_same_for_any_
 
 
 @pytest.mark.parametrize("size", [2**16, 0], ids=["torch's derivatives", "own function"])
+@pytest.mark.parametrize(
+    "method",
+    [lora2fx.LoRA(r=8), lora2fx.AdaLoRA(r=8, target_r=4), lora2fx.SoRA(r=8), lora2fx.SaLoRA(r=8), lora2fx.ALoRA(r=8)],
+    ids=lambda method: type(method).__name__,
+)
+def test_a_site_costs_as_little_with_every_method(method, size, monkeypatch):
+    monkeypatch.setattr(products, "SMALL", size)
+
+    def operations(model, optimizer):
+        optimizer.step = lambda: None
+        return counts(model, optimizer)[0]
+
+    few, many = (operations(*adapted(pairs, method)) - operations(*frozen(pairs)) for pairs in (2, 10))
+    assert many - few <= 7 * 2 * (10 - 2)
+    assert few <= 7 * 4 + 40, "the folding"
+
+
+@pytest.mark.parametrize("size", [2**16, 0], ids=["torch's derivatives", "own function"])
 def test_under_autocast_a_site_costs_what_it_costs_without(size, monkeypatch):
     monkeypatch.setattr(products, "SMALL", size)
 

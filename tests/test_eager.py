@@ -19,6 +19,14 @@ from lora2fx.training.products import AddedProducts
 from tests.adapted import adapters_of
 
 METHOD = LoRA2(r=4, k=3, target_r=2, tinit=1, tfinal=2)
+KIN = [
+    lora2fx.LoRA(r=4, rank_pattern={"up": 3}, alpha_pattern={"down": 5}),
+    lora2fx.AdaLoRA(r=4, target_r=2, tinit=1, tfinal=2),
+    lora2fx.SoRA(r=4),
+    lora2fx.SaLoRA(r=4, tinit=1, tfinal=2),
+    lora2fx.ALoRA(r=4, max_r=5),
+]
+"""LoRA and its gated kin."""
 WIDE = LoRA2(r=7, k=3, init="gaussian", rank_pattern={"up": 5}, target_r=2, target_k=2)
 
 
@@ -48,7 +56,8 @@ def attached(method=METHOD, dtype=torch.float64, optimizer=torch.optim.SGD):
             for parameter in adapter.parameters():
                 parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) / 3)
             adapter.mask[1] = False
-            adapter.column_mask[2] = False
+            if hasattr(adapter, "column_mask"):
+                adapter.column_mask[2] = False
     step = optimizer([p for p in model.parameters() if p.requires_grad], lr=0.01)
     lora2fx.attach(model, step, total_steps=10)
     return model.train(), step
@@ -116,6 +125,49 @@ def test_the_gradient_of_the_input_and_second_derivatives():
     close(found, expected)
     second = torch.autograd.grad(sum(g.square().sum() for g in found), [x, *trained(model)])
     close(second, torch.autograd.grad(sum(g.square().sum() for g in expected), [y, *trained(twin)]), 1e-11)
+
+
+@pytest.mark.usefixtures("_size")
+@pytest.mark.parametrize("method", KIN, ids=lambda method: type(method).__name__)
+def test_lora_and_its_kin_in_the_eager_form(method):
+    """Two micro-batches through one folding, with a layer left out; then second derivatives."""
+    model, _ = attached(method)
+    twin, x, y = functional(model), inputs(True), inputs(True)
+    assert all(vars(adapter)[eager.SLOT] for adapter in adapters_of(model))
+    for own in (model, twin):
+        for row in inputs():
+            own(row, spare=False).square().sum().backward()
+    close([p.grad for p in trained(model)], [p.grad for p in trained(twin)])
+    assert all(parameter.grad is None for parameter in model.spare.lora2fx_weight.parameters())
+    found = torch.autograd.grad(model(x).square().sum(), [x, *trained(model)], create_graph=True)
+    expected = torch.autograd.grad(twin(y).square().sum(), [y, *trained(twin)], create_graph=True)
+    close(found, expected)
+    second = torch.autograd.grad(sum(g.square().sum() for g in found), [x, *trained(model)])
+    close(second, torch.autograd.grad(sum(g.square().sum() for g in expected), [y, *trained(twin)]), 1e-11)
+
+
+@pytest.mark.parametrize("method", KIN[1:4], ids=lambda method: type(method).__name__)
+def test_a_changed_gate_is_seen(method):
+    model, _ = attached(method)
+    adapter = model.same.lora2fx_weight
+    (gate,) = (name for name, parameter in adapter.named_parameters() if parameter.dim() == 1)
+    before = model(inputs())
+    for change in (lambda: adapter.get_parameter(gate).mul_(0.3), lambda: adapter.mask.logical_not_()):
+        with torch.no_grad():
+            change()
+        after = model(inputs())
+        close([after], [functional(model)(inputs())])
+        assert not torch.equal(after, before)
+        before = after
+
+
+def test_a_new_noise_is_seen():
+    model, _ = attached(KIN[3])
+    before = model(inputs())
+    model.same.lora2fx_weight.set_noise(torch.full((4,), 0.2, dtype=torch.float64))
+    after = model(inputs())
+    close([after], [functional(model)(inputs())])
+    assert not torch.equal(after, before)
 
 
 def trained(model):

@@ -19,6 +19,7 @@ from lora2fx.methods.hyperparameters import (
     rank_of,
 )
 from lora2fx.methods.initial import constant, gaussian
+from lora2fx.methods.two_factor_folding import two_factor_folding
 from lora2fx.methods.two_factors import FACTORS, TwoFactorAdapter, mean_over_stack
 from lora2fx.site import Site
 from lora2fx.training.allocator import SCOPES, TIMINGS, BudgetAllocator, Scope, ScoreTiming
@@ -131,8 +132,9 @@ class AdaLoRA:
     def training(self) -> Training:
         """The orthogonality penalty and the budget."""
         penalty = Orthogonality(self.orth_reg_weight, ("A", "B"), adalora_deviations, 2, self.orth_form)
-        groups = Groups(gate_decay=self.wd_on_lambda)
-        return Training(penalty if self.orth_reg_weight else None, self._budgets(), self.sensitivity, groups)
+        groups, folding = Groups(gate_decay=self.wd_on_lambda), two_factor_folding(AdaLoRAAdapter, "lam")
+        penalised = penalty if self.orth_reg_weight else None
+        return Training(penalised, self._budgets(), self.sensitivity, groups, folding)
 
     def _budgets(self) -> tuple[BudgetAllocator, ...]:
         if self.target_r is None:

@@ -15,6 +15,7 @@ from lora2fx.errors import MethodError
 from lora2fx.methods.hyperparameters import check_count, check_factorisation, check_number, check_schedule, rank_of
 from lora2fx.methods.initial import constant, kaiming
 from lora2fx.methods.lora import LoRAAdapter
+from lora2fx.methods.two_factor_folding import two_factor_folding
 from lora2fx.site import Site
 from lora2fx.training.reallocation import AblationAllocator
 from lora2fx.training.slots import Training
@@ -138,4 +139,4 @@ class ALoRA:
             self.keep_best,
             self.rollback,
         )
-        return Training(None, (allocator,))
+        return Training(None, (allocator,), folding=two_factor_folding(ALoRAAdapter))

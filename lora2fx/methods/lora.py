@@ -12,6 +12,7 @@ from torch import Tensor
 from lora2fx.adapter import Axis
 from lora2fx.methods.hyperparameters import check_choice, check_factorisation, check_number, rank_of, value_of
 from lora2fx.methods.initial import constant, gaussian, kaiming
+from lora2fx.methods.two_factor_folding import two_factor_folding
 from lora2fx.methods.two_factors import FACTORS, TwoFactorAdapter
 from lora2fx.site import Site
 from lora2fx.training.slots import Training
@@ -83,4 +84,4 @@ class LoRA:
 
     def training(self) -> Training:
         """Nothing to drive."""
-        return Training()
+        return Training(folding=two_factor_folding(LoRAAdapter))

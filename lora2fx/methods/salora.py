@@ -20,6 +20,7 @@ from lora2fx.methods.hyperparameters import (
 )
 from lora2fx.methods.initial import constant, gaussian, kaiming
 from lora2fx.methods.salora_factors import SaLoRAAdapter
+from lora2fx.methods.two_factor_folding import two_factor_folding
 from lora2fx.site import Site
 from lora2fx.training.density import LAGRANGIANS, DensityPenalty, DensityTarget, DensityWindow, Lagrangian
 from lora2fx.training.hard_concrete import HardConcrete
@@ -120,7 +121,8 @@ class SaLoRA:
         orthogonality = Orthogonality(self.orth_reg_weight, ("A", "B"), deviations, 2, "squared_sum")
         window = DensityWindow(target, self._gates(), self.lagrangian, self.multiplier_lr, self.noise_seed)
         penalty = PenaltySum((orthogonality, density) if self.orth_reg_weight else (density,))
-        return Training(penalty, (window,), groups=Groups(gate_lr=self.gate_lr))
+        folding = two_factor_folding(SaLoRAAdapter, "log_theta")
+        return Training(penalty, (window,), groups=Groups(gate_lr=self.gate_lr), folding=folding)
 
     def _gates(self) -> HardConcrete:
         return HardConcrete(self.tau, self.gamma, self.zeta)

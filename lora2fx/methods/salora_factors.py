@@ -21,6 +21,7 @@ class SaLoRAAdapter(TwoFactorAdapter):
     `multipliers` (2,): the Lagrangian's linear and quadratic ones, the same in every adapter.
     """
 
+    gated_by = ("mask", "noise", "temperature")
     noise: Tensor
     temperature: Tensor
     sample: Tensor

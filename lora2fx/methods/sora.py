@@ -12,6 +12,7 @@ from lora2fx.adapter import Adapter, Axis
 from lora2fx.errors import MethodError
 from lora2fx.methods.hyperparameters import check_choice, check_factorisation, check_number, rank_of
 from lora2fx.methods.initial import constant, gaussian, kaiming
+from lora2fx.methods.two_factor_folding import two_factor_folding
 from lora2fx.methods.two_factors import FACTORS, TwoFactorAdapter, mean_over_stack
 from lora2fx.site import Site
 from lora2fx.training.proximal import XI_MODES, SoftThreshold, XiMode
@@ -116,7 +117,8 @@ class SoRA:
         """The proximal step, and the ℓ1 term where it was asked for."""
         threshold = SoftThreshold("gate", self._thresholds(), self.xi_mode, self.first_share)
         groups = Groups(self.weight_decay, self.gate_lr, gate_eps=self.gate_eps)
-        return Training(GateL1(self.l1_coef) if self.l1_coef else None, (threshold,), groups=groups)
+        folding = two_factor_folding(SoRAAdapter, "g")
+        return Training(GateL1(self.l1_coef) if self.l1_coef else None, (threshold,), groups=groups, folding=folding)
 
     def _thresholds(self) -> tuple[float, ...]:
         return tuple(self.xi) if isinstance(self.xi, Sequence) else (self.xi,)

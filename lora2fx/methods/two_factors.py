@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
@@ -14,7 +16,12 @@ FACTORS = (("A", -2), ("B", -1))
 
 
 class TwoFactorAdapter(Adapter):
-    """A (*batch, r, in), B (*batch, out, r), and the ranks' `mask` and `keep` (r,), which a stack shares."""
+    """A (*batch, r, in), B (*batch, out, r), and the ranks' `mask` and `keep` (r,), which a stack shares.
+
+    `gated_by` are the buffers that `gate()` reads, vectors of the ranks or scalars: what makes it another one.
+    """
+
+    gated_by: ClassVar[tuple[str, ...]] = ("mask",)
 
     mask: Tensor
     keep: Tensor

@@ -13,18 +13,22 @@ Stacks = dict[str, tuple[Tensor, ...]]
 """Parameters of many adapters, or their gradients, by name, those of one shape stacked."""
 
 
+def _none() -> Tensor:
+    return torch.empty(0, dtype=torch.int64)
+
+
 @dataclass
 class Use:
     """What becomes of a folding: which adapters a site read, and the stacks that the gradients are views of.
 
     `parameters` are those of every adapter by name, grouped as they are stacked, and `stacks` the stacks of them that
     were folded. What is stacked by input width is in another order than what isn't: `to_core` and `from_core` (int64)
-    are the one order's places in the other.
+    are the one order's places in the other, for methods that need them.
     """
 
     parameters: Mapping[str, Sequence[list[Tensor]]]
-    to_core: Tensor
-    from_core: Tensor
+    to_core: Tensor = field(default_factory=_none)
+    from_core: Tensor = field(default_factory=_none)
     read: set[int] = field(default_factory=set)
     gradients: Stacks = field(default_factory=dict)
     stacks: Stacks = field(default_factory=dict)
