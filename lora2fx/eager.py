@@ -2,15 +2,15 @@
 
 The *functional* form is the graph that `passes.insertion` writes: every factor, gate and mask a visible node, each site
 on its own. It is the reference, and what runs under torch.compile, torch.export and tracing, in eval mode and under
-no_grad, and wherever adapters are not attached to an optimizer, or are sharded, stacked, or have dropout.
+no_grad, and wherever adapters are not attached to an optimizer, or are sharded or stacked.
 
 The *eager* form is for training op by op. While an `Attachment` drives the adapters, all of them are folded in a
 handful of operations once a step (see `training.bank`), ΔW = Aᵀ B with A (k, in) and B (k, out), so that a site costs
 two small products more than the frozen layer. Plain float tensors go through `training.products`, under autocast in its
 dtype: where x is small by torch's own derivatives, else by one function that makes x again in the backward, rather
 than keep it, where it can (`training.rebuilding`); sites that were seen to read the same x when the model was
-transformed are computed together (`training.sharing`). Whatever else comes along (weights that train, quantised ones, a
-model in low precision without autocast) takes the folded factors as they are.
+transformed are computed together (`training.sharing`). Whatever else comes along (dropout, weights that train,
+quantised ones, a model in low precision without autocast) takes the folded factors as they are.
 
 The regulariser's gradient is added in closed form to stacks of gradients, where they are plain tensors without a loss
 scale, by autograd else (`training.driver`). Tests hold each against its reference in float64.
@@ -38,8 +38,8 @@ class Source(Protocol):
     def product(self, index: int, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
         """The layer's output with what the adapter with this index adds; None where `factors` must do."""
 
-    def factors(self, index: int) -> tuple[Tensor, Tensor]:
-        """A (k, in) and B (k, out) of the adapter with this index, as its parameters are now."""
+    def factors(self, index: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        """A (k, in) and B (k, out) of the adapter with this index, as its parameters are now; cast as x is."""
 
 
 class _Slot:
@@ -110,9 +110,11 @@ def adapted_linear(x: Tensor, weight: Tensor, bias: Tensor | None, adapter: Adap
         y = F.linear(x, weight, bias)
         update: Tensor = adapter(x)
         return y + update.type_as(y)
-    found = slot.source.product(slot.index, x, weight, bias)
-    if found is not None:
-        return found
-    a, b = slot.source.factors(slot.index)
+    if adapter.dropout is None:
+        found = slot.source.product(slot.index, x, weight, bias)
+        if found is not None:
+            return found
+    a, b = slot.source.factors(slot.index, x)
     y = F.linear(x, weight, bias)
-    return y + ((x.type_as(a) @ a.t()) @ b).type_as(y)
+    own = x if adapter.dropout is None else adapter.dropout(x)
+    return y + ((own.type_as(a) @ a.t()) @ b).type_as(y)

@@ -94,7 +94,7 @@ def eager_graph(graph: fx.Graph, adapters: Mapping[str, Adapter], plans: Mapping
     for child, adapter in adapters.items():
         found = site_use(graph, _parameter(child, adapter), adapter.site)
         operands = None if found is None else linear_operands(found.node)
-        if found is None or operands is None or adapter.columns is not None or adapter.dropout is not None:
+        if found is None or operands is None or adapter.columns is not None:
             return None
         with graph.inserting_before(found.node):
             total = graph.call_function(adapted_linear, (*operands, graph.get_attr(child)))

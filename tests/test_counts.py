@@ -101,6 +101,12 @@ def test_a_site_costs_as_little_with_every_method(method, size, monkeypatch):
     assert few <= 7 * 4 + 40, "the folding"
 
 
+def test_a_site_with_dropout_costs_the_dropout_more():
+    method = lora2fx.LoRA2(r=8, k=8, lora_dropout=0.1)
+    few, many = (counts(*adapted(pairs, method))[0] - counts(*frozen(pairs))[0] for pairs in (2, 10))
+    assert many - few <= (7 + 5) * 2 * (10 - 2)
+
+
 @pytest.mark.parametrize("size", [2**16, 0], ids=["torch's derivatives", "own function"])
 def test_under_autocast_a_site_costs_what_it_costs_without(size, monkeypatch):
     monkeypatch.setattr(products, "SMALL", size)

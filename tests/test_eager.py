@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -144,6 +145,25 @@ def test_lora_and_its_kin_in_the_eager_form(method):
     close(found, expected)
     second = torch.autograd.grad(sum(g.square().sum() for g in found), [x, *trained(model)])
     close(second, torch.autograd.grad(sum(g.square().sum() for g in expected), [y, *trained(twin)]), 1e-11)
+
+
+@pytest.mark.parametrize("context", [contextlib.nullcontext, lambda: low_precision()], ids=["float64", "autocast"])
+@pytest.mark.parametrize("method", [replace(METHOD, lora_dropout=0.4), lora2fx.LoRA(r=4, lora_dropout=0.4)])
+def test_dropout_drops_what_the_functional_form_drops(method, context):
+    model, _ = attached(method, torch.float64 if context is contextlib.nullcontext else torch.float32)
+    twin, x = functional(model), inputs().to(model.head.weight.dtype)
+    assert all(vars(adapter)[eager.SLOT] for adapter in adapters_of(model))
+    found = []
+    for own in (model, twin):
+        torch.manual_seed(5)
+        with context():
+            output = own(x)
+        output.square().sum().backward()
+        found.append([output, *(p.grad for p in trained(own))])
+    if context is contextlib.nullcontext:
+        close(*found)
+    for own, other in zip(*found, strict=True):
+        assert float(((own - other).norm() / other.norm().clamp(min=1e-9)).detach()) < 0.03
 
 
 @pytest.mark.parametrize("method", KIN[1:4], ids=lambda method: type(method).__name__)

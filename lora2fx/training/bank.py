@@ -16,7 +16,7 @@ from lora2fx.adapter import Adapter
 from lora2fx.eager import connect, disconnect
 from lora2fx.sharding import is_sharded
 from lora2fx.training.folded import Cuts, Folded, Stacks, Use
-from lora2fx.training.products import Layer, added_products, is_cast, is_frozen, product_dtype
+from lora2fx.training.products import CAST, Layer, added_products, is_cast, is_frozen, product_dtype
 from lora2fx.training.sharing import Member, Shared, Sharing
 
 _version = attrgetter("_version")
@@ -54,7 +54,7 @@ class Folding:
 def is_eager(adapter: Adapter) -> bool:
     """Whether a site of this adapter may be computed in the eager form."""
     site = adapter.site
-    return adapter.rewrite == "activation" and not site.batch_shape and site.columns is None and adapter.dropout is None
+    return adapter.rewrite == "activation" and not site.batch_shape and site.columns is None
 
 
 class _Folds(NamedTuple):
@@ -133,9 +133,11 @@ class Bank:
         uses = self._fold.uses()
         return uses if all(use.gather(names) for use in uses) else None
 
-    def factors(self, index: int) -> tuple[Tensor, Tensor]:
-        """A (k, in) and B (k, out) of one adapter, with their gradients' way to its parameters."""
+    def factors(self, index: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        """A (k, in) and B (k, out) of one adapter, with their gradients' way to its parameters; cast as x is."""
         own = self._current(index)
+        if is_cast(x) and own.b.dtype in CAST:
+            own = self._in_dtype(product_dtype(x))[index]
         own.folded.use.read.add(own.place)
         return own.a(), own.b
 
