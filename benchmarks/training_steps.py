@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import peft
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification
 
 import lora2fx
-from lora2fx.program import program_of
+from lora2fx.program import Method, program_of
 
 SITES = ("query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense")
 LENGTH_OF_RUN = 100_000
@@ -173,7 +174,11 @@ def authors(setting: Setting) -> Training:
 
 def ours(setting: Setting, r: int = RANK) -> Training:
     """lora2fx's LoRA2, r = k = 8, with regulariser, importance and allocation in every step."""
-    method = lora2fx.LoRA2(r=r, k=RANK, target_r=r / 2, tinit=0, tfinal=10, deltaT=1)
+    return adapted(setting, lora2fx.LoRA2(r=r, k=RANK, target_r=r / 2, tinit=0, tfinal=10, deltaT=1))
+
+
+def adapted(setting: Setting, method: Method) -> Training:
+    """A method of lora2fx's, attached."""
     model, batch = fresh_model(setting), fresh_batch(setting)
     lora2fx.transform(model, list(SITES), method, example_inputs=batch, modules_to_save=["classifier"], verify=False)
     assert len(program_of(model, "benchmark").adapters) == setting.sites
@@ -190,4 +195,8 @@ VARIANTS: dict[str, Callable[[Setting], Training]] = {
     "PEFT AdaLoRA": peft_adalora,
     "LoRA2, authors' arithmetic": authors,
     OURS: ours,
+    "lora2fx LoRA": partial(adapted, method=lora2fx.LoRA(r=RANK)),
+    "lora2fx AdaLoRA": partial(
+        adapted, method=lora2fx.AdaLoRA(r=RANK, target_r=RANK // 2, tinit=0, tfinal=10, deltaT=1)
+    ),
 }

@@ -1,4 +1,4 @@
-"""Two forms of an adapted linear layer, and in this file which is used when.
+"""Two forms of an adapted layer, and in this file which is used when.
 
 The *functional* form is the graph that `passes.insertion` writes: every factor, gate and mask a visible node, each site
 on its own. It is the reference, and what runs under torch.compile, torch.export and tracing, in eval mode and under
@@ -9,8 +9,9 @@ handful of operations once a step (see `training.bank`), ΔW = Aᵀ B with A (k,
 two small products more than the frozen layer. Plain float tensors go through `training.products`, under autocast in its
 dtype: where x is small by torch's own derivatives, else by one function that makes x again in the backward, rather
 than keep it, where it can (`training.rebuilding`); sites that were seen to read the same x when the model was
-transformed are computed together (`training.sharing`). Whatever else comes along (dropout, weights that train,
-quantised ones, a model in low precision without autocast) takes the folded factors as they are.
+transformed are computed together (`training.sharing`). Whatever else comes along (other matmuls, some columns of a
+fused weight, dropout, weights that train, quantised ones, a model in low precision without autocast) takes the folded
+factors as they are.
 
 The regulariser's gradient is added in closed form to stacks of gradients, where they are plain tensors without a loss
 scale, by autograd else (`training.driver`). Tests hold each against its reference in float64.
@@ -106,15 +107,21 @@ def _is_transformed(x: Tensor) -> bool:
 def adapted_linear(x: Tensor, weight: Tensor, bias: Tensor | None, adapter: Adapter) -> Tensor:
     """x Wᵀ + b + what the adapter adds; x (..., in) → (..., out), in the layer's dtype."""
     slot = _slot(adapter)
-    if slot is None or _is_transformed(x):
-        y = F.linear(x, weight, bias)
-        update: Tensor = adapter(x)
-        return y + update.type_as(y)
-    if adapter.dropout is None:
+    if slot is not None and adapter.dropout is None and not _is_transformed(x):
         found = slot.source.product(slot.index, x, weight, bias)
         if found is not None:
             return found
-    a, b = slot.source.factors(slot.index, x)
-    y = F.linear(x, weight, bias)
-    own = x if adapter.dropout is None else adapter.dropout(x)
-    return y + ((own.type_as(a) @ a.t()) @ b).type_as(y)
+    return adapted_output(F.linear(x, weight, bias), x, adapter)
+
+
+def adapted_output(y: Tensor, x: Tensor, adapter: Adapter) -> Tensor:
+    """y (..., out) of any matmul of x (..., in), and what the adapter adds, to its own columns where they are some."""
+    slot = _slot(adapter)
+    if slot is None or _is_transformed(x):
+        update: Tensor = adapter(x)
+    else:
+        a, b = slot.source.factors(slot.index, x)
+        own = x if adapter.dropout is None else adapter.dropout(x)
+        update = (own.type_as(a) @ a.t()) @ b
+    update = update.type_as(y)
+    return y + update if adapter.columns is None else y.index_add(-1, adapter.columns, update)

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from lora2fx.adapter import Adapter
-from lora2fx.eager import adapted_linear
+from lora2fx.eager import adapted_linear, adapted_output
 from lora2fx.errors import RewriteError
 from lora2fx.passes.tracing import trace_adapter
 from lora2fx.passes.uses import GraphUse, linear_operands, parameter_use, weight_nodes
@@ -87,20 +87,34 @@ def _add_to_weight(graph: fx.Graph, child: str, adapter: Adapter) -> None:
 
 
 def eager_graph(graph: fx.Graph, adapters: Mapping[str, Adapter], plans: Mapping[str, str]) -> fx.Graph | None:
-    """A rewritten copy of the graph in which every adapter's layer is one `adapted_linear`; None where one can't be."""
+    """A rewritten copy of the graph in the eager form; None where an adapter has none.
+
+    torch's linear layer becomes `adapted_linear`, what any other matmul returns goes through `adapted_output`.
+    """
     if set(plans.values()) != {"activation"}:
         return None
     graph = copy.deepcopy(graph)
     for child, adapter in adapters.items():
         found = site_use(graph, _parameter(child, adapter), adapter.site)
-        operands = None if found is None else linear_operands(found.node)
-        if found is None or operands is None or adapter.columns is not None:
+        if found is None or found.lookup:
             return None
+        operands = linear_operands(found.node) if adapter.columns is None else None
+        if operands is None:
+            _pass_through(graph, found, child)
+            continue
         with graph.inserting_before(found.node):
             total = graph.call_function(adapted_linear, (*operands, graph.get_attr(child)))
         found.node.replace_all_uses_with(total)
         graph.erase_node(found.node)
     return graph
+
+
+def _pass_through(graph: fx.Graph, found: GraphUse, child: str) -> None:
+    users = list(found.node.users)
+    with graph.inserting_before(found.node.next):
+        total = graph.call_function(adapted_output, (found.node, found.input, graph.get_attr(child)))
+    for user in users:
+        user.replace_input_with(found.node, total)
 
 
 def rewrite_graph(graph: fx.Graph, adapters: Mapping[str, Adapter], plans: Mapping[str, str]) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import lora2fx
 from lora2fx import eager
@@ -164,6 +165,30 @@ def test_dropout_drops_what_the_functional_form_drops(method, context):
         close(*found)
     for own, other in zip(*found, strict=True):
         assert float(((own - other).norm() / other.norm().clamp(min=1e-9)).detach()) < 0.03
+
+
+@pytest.mark.parametrize("method", [METHOD, KIN[2]], ids=lambda method: type(method).__name__)
+def test_fused_columns_and_weights_that_lie_the_other_way_have_the_eager_form(method):
+    """GPT-2: query and value are columns of one weight, all weights are (in, out) and meet an `addmm`."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=20, n_embd=8, n_layer=1, n_head=2, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
+    model, ids = GPT2LMHeadModel(config).double(), torch.arange(12).view(2, 6)
+    lora2fx.transform(model, ["query", "value", "output", "ffn"], method, seed=0)
+    with torch.no_grad():
+        for adapter in adapters_of(model):
+            for parameter in adapter.parameters():
+                parameter.add_(torch.randn(parameter.shape, dtype=torch.float64) / 3)
+    lora2fx.attach(model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad]), 10)
+    adapters, folded = adapters_of(model), []
+    source = vars(adapters[0])[eager.SLOT].source
+    twin = functional(model)
+    twin.train()(ids, labels=ids).loss.backward()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(source), "factors", spy(type(source).factors, folded))
+        model.train()(ids, labels=ids).loss.backward()
+    assert len(folded) == len(adapters) == 5
+    assert sum(adapter.columns is not None for adapter in adapters) == 2
+    close([p.grad for p in trained(model)], [p.grad for p in trained(twin)])
 
 
 @pytest.mark.parametrize("method", KIN[1:4], ids=lambda method: type(method).__name__)

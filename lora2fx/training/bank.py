@@ -54,7 +54,7 @@ class Folding:
 def is_eager(adapter: Adapter) -> bool:
     """Whether a site of this adapter may be computed in the eager form."""
     site = adapter.site
-    return adapter.rewrite == "activation" and not site.batch_shape and site.columns is None
+    return adapter.rewrite == "activation" and not site.batch_shape
 
 
 class _Folds(NamedTuple):
