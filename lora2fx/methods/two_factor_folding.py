@@ -34,12 +34,10 @@ class _Order:
     grouped: Mapping[str, list[list[Tensor]]]
 
     @classmethod
-    def of(cls, adapters: Sequence[Adapter], numbers: Sequence[int]) -> _Order:
-        """`numbers` are the adapters' places in the model."""
+    def of(cls, names: Sequence[str], adapters: Sequence[Adapter], numbers: Sequence[int]) -> _Order:
+        """`names` are the parameters, `numbers` the adapters' places in the model."""
         kin, arranged = cast(tuple[TwoFactorAdapter, ...], tuple(adapters)), Arrangement.of(adapters, numbers)
-        own: dict[str, list[Tensor]] = {
-            name: [adapter.get_parameter(name) for adapter in kin] for name in kin[0]._parameters
-        }
+        own: dict[str, list[Tensor]] = {name: [adapter.get_parameter(name) for adapter in kin] for name in names}
         grouped = {name: [parameters] for name, parameters in own.items()}
         grouped["A"] = [[own["A"][index] for index in group] for group in arranged.inputs]
         grouped["B"] = [own["B"][start:stop] for start, stop in arranged.outputs]
@@ -131,6 +129,10 @@ def _kind(adapter: Adapter) -> object:
 
 
 def two_factor_folding(kind: type[TwoFactorAdapter], *gates: str) -> Folding:
-    """How adapters of this class are folded all at once; `gates` are the parameters that `gate()` reads."""
+    """How adapters of this class are folded all at once; `gates` are the parameters that `gate()` reads.
+
+    Vectors of the ranks, as `kind.gated_by` says of buffers: `gate()` must work element by element, so that it takes
+    stacks (n, r) of them.
+    """
     names = ("A", "B", *gates)
-    return Folding(names, kind.gated_by, partial(Planned, names, _kind, _Order.of))
+    return Folding(names, kind.gated_by, partial(Planned, names, _kind, partial(_Order.of, names)))
