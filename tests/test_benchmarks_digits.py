@@ -43,7 +43,7 @@ def test_from_the_same_factors_at_the_same_rate_lora_is_pefts() -> None:
     ours = Ours("", LoRA(r=2, lora_alpha=4)).begin(base, setting, lambda model: 0.0)
     theirs = Outside("", 2).begin(twin, setting, lambda model: 0.0)
     pairs = [
-        (base.get_submodule(f"{path}.lora2fx_weight"), theirs.model.get_submodule(f"base_model.model.{path}"))
+        (base.get_submodule(f"{path}.lora2fx_weight"), theirs.model.get_submodule(f"model.{path}"))
         for path in TARGETS
     ]
     with torch.no_grad():
@@ -54,6 +54,20 @@ def test_from_the_same_factors_at_the_same_rate_lora_is_pefts() -> None:
     for own, other in pairs:
         assert own.weight_delta().norm() > 0.1
         torch.testing.assert_close(own.weight_delta(), other.get_delta_weight("default"), atol=2e-4, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:peft")
+def test_pefts_adalora_is_regularised() -> None:
+    trainee = Outside("", 1, 3).begin(Classifier(), Setting(TARGETS, (), 25, 0.02, 0.0), lambda model: 0.0)
+    factors = [p for name, p in trainee.model.named_parameters() if "lora_A" in name or "lora_B" in name]
+    with torch.no_grad():
+        grams = [p @ p.T if p.shape[0] == 3 else p.T @ p for p in factors]
+        penalty = sum((gram - torch.eye(3)).norm() for gram in grams) / len(grams)
+        [batch] = batches(1)
+        task = torch.nn.functional.cross_entropy(trainee.model(**batch).logits, batch["labels"])
+        total = trainee.model(**batch).loss
+    assert len(factors) == 2 * len(TARGETS)
+    assert total.item() == pytest.approx(task.item() + 0.5 * penalty.item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("columns", ablation.BUDGETS)

@@ -113,7 +113,9 @@ def _ours_outcome(model: nn.Module, before: int) -> dict[str, Any]:
 class Outside:
     """PEFT's LoRA, or its AdaLoRA from `start` to `r`, with PEFT's own defaults for the rest.
 
-    PEFT adds AdaLoRA's penalty to the model's `loss`, so that the model must return one.
+    PEFT adds AdaLoRA's penalty to the model's `loss`, so that the model must return one; but the wrapper that
+    `get_peft_model` returns calls the tuner, which adds it, only where the configuration names one of PEFT's task
+    types (0.21). So it is the tuner that is trained.
     """
 
     name: str
@@ -141,7 +143,7 @@ class Outside:
         optimizer = AdamW([group for group in groups if group["params"]], weight_decay=0.0)
         allocate = adapted.base_model.update_and_allocate if self.start is not None else lambda step: None
         before = _count(factors)
-        return Trainee(adapted, optimizer, allocate, lambda: _outside_outcome(adapted, before))
+        return Trainee(adapted.base_model, optimizer, allocate, lambda: _outside_outcome(adapted, before))
 
 
 def _outside_outcome(model: nn.Module, before: int) -> dict[str, Any]:
