@@ -92,6 +92,19 @@ class TestAdaLoRA:
         with pytest.raises(ScheduleError):
             lora2fx.fold(own)
 
+    def test_its_regulariser_where_no_task_type_is_named(self):
+        kinds = {None: adalora(bert()), "SEQ_CLS": adalora(bert(), task_type="SEQ_CLS")}
+        losses = {kind: model(input_ids=IDS, labels=LABELS) for kind, model in kinds.items()}
+        added = {kind: out.loss - nn.functional.cross_entropy(out.logits, LABELS) for kind, out in losses.items()}
+        assert abs(added[None].item()) < 1e-6  # the wrapper passes by what adds it
+        assert added["SEQ_CLS"].item() == pytest.approx(0.5 * 2, abs=0.1)  # factors near 0: ‖I - 0‖ = √4
+        own = lora2fx.transform(bert(), ["query", "value"], lora2fx.AdaLoRA(r=4, target_r=1, orth_reg_weight=0.5))
+        optimizer = trained(own)
+        attachment = lora2fx.attach(own, optimizer, total_steps=STEPS)
+        own(input_ids=IDS, labels=LABELS).loss.backward()
+        optimizer.step()
+        assert attachment.penalty == pytest.approx(0.5 * 2, abs=0.1)
+
     def test_one_step_that_is_not_finite(self):
         model = adalora(bert())
         loop(model, trained(model), model.base_model.update_and_allocate, poison=1)

@@ -111,7 +111,7 @@ def _ours_outcome(model: nn.Module, before: int) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Outside:
-    """PEFT's LoRA, or its AdaLoRA from `start` to `r`, with PEFT's own defaults for the rest.
+    """PEFT's LoRA, or its AdaLoRA from `start` to `r`, with PEFT's own defaults for what isn't named.
 
     PEFT adds AdaLoRA's penalty to the model's `loss`, so that the model must return one; but the wrapper that
     `get_peft_model` returns calls the tuner, which adds it, only where the configuration names one of PEFT's task
@@ -121,6 +121,7 @@ class Outside:
     name: str
     r: int
     start: int | None = None
+    orth_reg_weight: float = 0.5
 
     def begin(self, model: nn.Module, setting: Setting, evaluate: Evaluate) -> Trainee:
         """As PEFT's documentation says: get_peft_model, and update_and_allocate after every step."""
@@ -131,10 +132,8 @@ class Outside:
             config: Any = LoraConfig(r=self.r, lora_alpha=2 * self.r, **shared)
         else:
             ends = {"tinit": setting.steps // 10, "tfinal": 4 * setting.steps // 10, "deltaT": 1}
-            alpha = {"lora_alpha": 2 * self.start}
-            config = AdaLoraConfig(
-                init_r=self.start, target_r=self.r, total_step=setting.steps, **ends, **alpha, **shared
-            )
+            own = {"lora_alpha": 2 * self.start, "orth_reg_weight": self.orth_reg_weight}
+            config = AdaLoraConfig(init_r=self.start, target_r=self.r, total_step=setting.steps, **ends, **own, **shared)
         adapted = get_peft_model(model, config)
         named = [(name, p) for name, p in adapted.named_parameters() if p.requires_grad]
         factors = [p for name, p in named if "lora_" in name]

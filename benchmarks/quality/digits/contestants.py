@@ -21,7 +21,10 @@ def _budget(columns: int) -> list[Contestant]:
         ),
         Outside(f"PEFT LoRA r={columns}", columns),
     ]
-    return found if columns > 1 else [*found, Outside(f"PEFT AdaLoRA {start}→{columns}", columns, start)]
+    if columns == 1:
+        name = f"PEFT AdaLoRA {start}→{columns}"
+        found += [Outside(name, columns, start), Outside(f"{name}, no penalty", columns, start, 0.0)]
+    return found
 
 
 _ALL: list[Contestant] = [

@@ -48,10 +48,12 @@ GROUPS: tuple[tuple[Entry, ...], ...] = (
     (Entry(HeadOnly("head only"), None), _lora(1, 2e-3), _lora2(1, 2e-3)),
     (_adalora(1, 5e-3),),
     (Entry(Ours("LoRA²", LoRA2()), 2e-3, "LoRA r=8"), _lora(8, 2e-3)),
+    (Entry(Ours("LoRA² k=8", LoRA2(r=8, k=8)), "LoRA²", "LoRA²"),),
     (_lora(2, "LoRA r=1"), _lora2(2, "LoRA² 3→1"), _adalora(2, "AdaLoRA 3→1"), _lora2(8, "LoRA²")),
     (
         Entry(Outside("PEFT LoRA r=1", 1), "LoRA r=1"),
         Entry(Outside("PEFT AdaLoRA 3→1", 1, 3), "AdaLoRA 3→1", "AdaLoRA 3→1"),
+        Entry(Outside("PEFT AdaLoRA 3→1, no penalty", 1, 3, 0.0), "AdaLoRA 3→1", "AdaLoRA 3→1"),
         Entry(Outside("PEFT LoRA r=8", 8), "LoRA r=8", "LoRA r=8"),
     ),
     (
@@ -73,6 +75,7 @@ GOALS = (
     ("LoRA² 4→2", "AdaLoRA 4→2"),
     ("LoRA² 12→8", "LoRA r=8"),
     ("LoRA²", "LoRA r=8"),
+    ("LoRA²", "LoRA² k=8"),
     ("LoRA r=1", "PEFT LoRA r=1"),
     ("LoRA r=8", "PEFT LoRA r=8"),
     ("AdaLoRA 3→1", "PEFT AdaLoRA 3→1"),
