@@ -31,8 +31,8 @@ def _lora(r: int, rate: float | str) -> Entry:
     return Entry(Ours(f"LoRA r={r}", LoRA(r=r, lora_alpha=2 * r)), rate, f"LoRA r={r}")
 
 
-def _lora2(columns: int, rate: float | str) -> Entry:
-    start = STARTS[columns]
+def _lora2(columns: int, rate: float | str, start: int | None = None) -> Entry:
+    start = start or STARTS[columns]
     r = max(8, start)
     method = LoRA2(r=r, k=start, target_k=columns, lora_alpha=2 * r)
     return Entry(Ours(f"LoRA² {start}→{columns}", method), rate, f"LoRA r={columns}")
@@ -50,6 +50,7 @@ GROUPS: tuple[tuple[Entry, ...], ...] = (
     (Entry(Ours("LoRA²", LoRA2()), 2e-3, "LoRA r=8"), _lora(8, 2e-3)),
     (Entry(Ours("LoRA² k=8", LoRA2(r=8, k=8)), "LoRA²", "LoRA²"),),
     (_lora(2, "LoRA r=1"), _lora2(2, "LoRA² 3→1"), _adalora(2, "AdaLoRA 3→1"), _lora2(8, "LoRA²")),
+    (_lora2(2, "LoRA² 3→1", start=3),),
     (
         Entry(Outside("PEFT LoRA r=1", 1), "LoRA r=1"),
         Entry(Outside("PEFT AdaLoRA 3→1", 1, 3), "AdaLoRA 3→1", "AdaLoRA 3→1"),
@@ -73,6 +74,7 @@ GOALS = (
     ("LoRA² 3→1", "LoRA r=1"),
     ("LoRA² 3→1", "AdaLoRA 3→1"),
     ("LoRA² 4→2", "AdaLoRA 4→2"),
+    ("LoRA² 3→2", "AdaLoRA 4→2"),
     ("LoRA² 12→8", "LoRA r=8"),
     ("LoRA²", "LoRA r=8"),
     ("LoRA²", "LoRA² k=8"),
