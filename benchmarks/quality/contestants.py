@@ -131,9 +131,12 @@ class Outside:
         if self.start is None:
             config: Any = LoraConfig(r=self.r, lora_alpha=2 * self.r, **shared)
         else:
-            ends = {"tinit": setting.steps // 10, "tfinal": 4 * setting.steps // 10, "deltaT": 1}
-            own = {"lora_alpha": 2 * self.start, "orth_reg_weight": self.orth_reg_weight}
-            config = AdaLoraConfig(init_r=self.start, target_r=self.r, total_step=setting.steps, **ends, **own, **shared)
+            steps, scale = setting.steps, {"lora_alpha": 2 * self.start}
+            ends = {"tinit": steps // 10, "tfinal": 4 * steps // 10, "deltaT": 1, "total_step": steps}
+            penalty = self.orth_reg_weight
+            config = AdaLoraConfig(
+                init_r=self.start, target_r=self.r, orth_reg_weight=penalty, **scale, **ends, **shared
+            )
         adapted = get_peft_model(model, config)
         named = [(name, p) for name, p in adapted.named_parameters() if p.requires_grad]
         factors = [p for name, p in named if "lora_" in name]
