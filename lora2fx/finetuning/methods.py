@@ -35,9 +35,9 @@ class Recipe:
 
 
 RECIPES = {
-    "lora2": Recipe(LoRA2, 3e-3, {"r": 4, "k": 3, "target_k": 1, "lora_alpha": 8, "orth_reg_weight": 0.01}),
+    "lora2": Recipe(LoRA2, 2e-3, {"k": 3, "target_k": 1}),
     "lora": Recipe(LoRA, 1e-3),
-    "adalora": Recipe(AdaLoRA, 5e-3, {"r": 4, "target_r": 2}),
+    "adalora": Recipe(AdaLoRA, 1e-2, {"r": 4, "target_r": 2, "lora_alpha": 8}),
     "sora": Recipe(SoRA, 1e-3),
     "salora": Recipe(SaLoRA, 2e-3),
     "alora": Recipe(ALoRA, 1e-3),

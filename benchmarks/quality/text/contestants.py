@@ -73,11 +73,13 @@ ENTRIES = {entry.contestant.name: entry for group in GROUPS for entry in group}
 GOALS = (
     ("LoRA² 3→1", "LoRA r=1"),
     ("LoRA² 3→1", "AdaLoRA 3→1"),
+    ("LoRA² 3→1", "PEFT AdaLoRA 3→1"),
     ("LoRA² 4→2", "AdaLoRA 4→2"),
     ("LoRA² 3→2", "AdaLoRA 4→2"),
     ("LoRA² 12→8", "LoRA r=8"),
     ("LoRA²", "LoRA r=8"),
     ("LoRA²", "LoRA² k=8"),
+    ("LoRA² k=8", "LoRA r=8"),
     ("LoRA r=1", "PEFT LoRA r=1"),
     ("LoRA r=8", "PEFT LoRA r=8"),
     ("AdaLoRA 3→1", "PEFT AdaLoRA 3→1"),
