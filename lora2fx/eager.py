@@ -10,8 +10,7 @@ two small products more than the frozen layer. Plain float tensors go through `t
 dtype: where x is small by torch's own derivatives, else by one function that makes x again in the backward, rather
 than keep it, where it can (`training.rebuilding`); sites that were seen to read the same x when the model was
 transformed are computed together (`training.sharing`). Whatever else comes along (other matmuls, some columns of a
-fused weight, dropout, weights that train, quantised ones, a model in low precision without autocast) takes the folded
-factors as they are.
+fused weight, dropout, weights that train, quantised ones) takes the folded factors as they are.
 
 The regulariser's gradient is added in closed form to stacks of gradients, where they are plain tensors without a loss
 scale, by autograd else (`training.driver`). Tests hold each against its reference in float64.

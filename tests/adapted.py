@@ -50,3 +50,17 @@ def fill(adapter: Adapter, **values: Tensor) -> Adapter:
 
 def adapters_of(model: nn.Module) -> list[Adapter]:
     return [module for module in model.modules() if isinstance(module, Adapter)]
+
+
+def in_low_precision(model, dtype):
+    """What is no adapter's in `dtype`, as a model that was loaded so."""
+    factors = {id(parameter) for adapter in adapters_of(model) for parameter in adapter.parameters()}
+    for parameter in model.parameters():
+        if id(parameter) not in factors:
+            parameter.data = parameter.data.to(dtype)
+
+
+def distances(found, exact):
+    """How far each tensor is from the exact one, of whose norm."""
+    pairs = [(own, value) for own, value in zip(found, exact, strict=True) if value is not None]
+    return [float(((own - value).norm() / value.norm()).detach()) for own, value in pairs]

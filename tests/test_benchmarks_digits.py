@@ -43,8 +43,7 @@ def test_from_the_same_factors_at_the_same_rate_lora_is_pefts() -> None:
     ours = Ours("", LoRA(r=2, lora_alpha=4)).begin(base, setting, lambda model: 0.0)
     theirs = Outside("", 2).begin(twin, setting, lambda model: 0.0)
     pairs = [
-        (base.get_submodule(f"{path}.lora2fx_weight"), theirs.model.get_submodule(f"model.{path}"))
-        for path in TARGETS
+        (base.get_submodule(f"{path}.lora2fx_weight"), theirs.model.get_submodule(f"model.{path}")) for path in TARGETS
     ]
     with torch.no_grad():
         for own, other in pairs:

@@ -130,6 +130,36 @@ def test_under_autocast_a_site_costs_what_it_costs_without(size, monkeypatch):
     assert few <= 7 * 4 + 50, "the folding, and its copy in bfloat16"
 
 
+def lower(model):
+    """The base in bfloat16, as if it had been loaded so; the adapters stay as they are."""
+    for layer in (*model.layers, model.head):
+        for parameter in layer.parameters(recurse=False):
+            parameter.data = parameter.data.bfloat16()
+    return model
+
+
+@pytest.mark.parametrize("size", [2**16, 0], ids=["torch's derivatives", "own function"])
+def test_a_model_in_low_precision_costs_the_casts_more(size, monkeypatch):
+    """Without autocast the factors stay in float32: x, what the products add, and their gradients are cast."""
+    monkeypatch.setattr(products, "SMALL", size)
+
+    def operations(make, pairs):
+        model, optimizer = make(pairs)
+        lower(model)
+
+        def passes():
+            model.zero_grad()
+            model(batch().bfloat16()).square().mean().backward()
+
+        for _ in range(3):
+            passes()
+            optimizer.step()
+        return dispatched_operations(passes).total()
+
+    few, many = (operations(adapted, pairs) - operations(frozen, pairs) for pairs in (2, 10))
+    assert many - few <= (7 + 5) * 2 * (10 - 2)
+
+
 class Shared(nn.Module):
     """Rows of three linear layers that read one x each."""
 
@@ -172,17 +202,20 @@ def test_unattached_adapters_cost_what_their_graph_says():
     assert few[0] > counts(*adapted(2))[0]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("r", [8, 64])
-def test_what_is_kept_for_the_backward_hardly_depends_on_r(r, monkeypatch):
+def test_what_is_kept_for_the_backward_hardly_depends_on_r(r, dtype, monkeypatch):
     monkeypatch.setattr(products, "SMALL", 0)
     model, _ = adapted(4, lora2fx.LoRA2(r=r, k=8, target_r=4, tinit=0, tfinal=2))
-    x = torch.randn(64, 64, WIDTHS[0])
-    kept = saved_bytes(lambda: model(x), state_of(model))
     plain, _ = frozen(4)
+    for each in (model, plain) if dtype == torch.bfloat16 else ():
+        lower(each)
+    x = torch.randn(64, 64, WIDTHS[0]).to(dtype)
+    kept = saved_bytes(lambda: model(x), state_of(model))
     own = saved_bytes(lambda: plain(x), state_of(plain))
-    rows = 64 * 64 * 4
-    inputs = rows * WIDTHS[0]  # the first site's; the others' are kept by tanh already
-    inner = rows * 8 * 8
+    rows = 64 * 64
+    inputs = rows * dtype.itemsize * WIDTHS[0]  # the first site's; the others' are kept by tanh already
+    inner = rows * 4 * 8 * 8
     factors = 8 * 3 * 4 * 4 * 8 * sum(WIDTHS) // 2  # A, B and the stacks of V, of 8 matrices
     core = 8 * 4 * (4 * 8 * r + 3 * r + 8 * 8 + 2 * 8)
     assert kept <= own + inputs + inner + factors + core

@@ -18,7 +18,7 @@ from lora2fx import eager
 from lora2fx.methods.lora2 import LoRA2
 from lora2fx.training import products
 from lora2fx.training.products import AddedProducts
-from tests.adapted import adapters_of
+from tests.adapted import adapters_of, distances, in_low_precision
 
 METHOD = LoRA2(r=4, k=3, target_r=2, tinit=1, tfinal=2)
 KIN = [
@@ -79,8 +79,8 @@ def gradients(model, x, **arguments):
     return [output, *(p.grad for p in model.parameters() if p.requires_grad)]
 
 
-def inputs(requires_grad=False):
-    x = torch.randn(3, 5, 6, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+def inputs(requires_grad=False, seed=3):
+    x = torch.randn(3, 5, 6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return x.requires_grad_(requires_grad)
 
 
@@ -308,25 +308,49 @@ def low_precision(dtype=torch.bfloat16, **arguments):
 @pytest.mark.usefixtures("_size")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("spare", [True, False], ids=["all used", "one left out"])
-def test_autocast_computes_in_its_dtype_as_exactly_as_the_functional_form(dtype, spare, monkeypatch):
-    """Both against float64: neither the outputs nor the gradients are further off, but for the luck of the rounding."""
+@pytest.mark.parametrize("cast", [True, False], ids=["autocast", "a model in low precision"])
+def test_low_precision_is_as_exact_as_the_functional_form(dtype, spare, cast, monkeypatch):
+    """Both against float64, over eight inputs: neither the outputs nor the gradients are further off."""
     model, _ = attached(dtype=torch.float32)
+    if not cast:
+        in_low_precision(model, dtype)
     twin, exact, calls = functional(model), functional(model).double(), []
     monkeypatch.setattr(AddedProducts, "apply", spy(AddedProducts.apply, calls))
-    expected = gradients(exact, inputs(), spare=spare)
-    with low_precision(dtype):
-        found = gradients(model, inputs().float(), spare=spare)
-        assert bool(calls) == (products.SMALL == 0)
-        reference = gradients(twin, inputs().float(), spare=spare)
-    assert [None if own is None else own.dtype for own in found] == [
-        None if own is None else own.dtype for own in reference
-    ]
-    for own, other, value in zip(found, reference, expected, strict=True):
-        if value is not None:
-            error, usual = (float(((each - value).norm() / value.norm()).detach()) for each in (own, other))
-            assert error <= max(1.5 * usual, 4 * torch.finfo(dtype).eps), (error, usual)
+    errors, usual = [], []
+    for seed in range(8):
+        x = inputs(seed=seed).to(torch.float32 if cast else dtype)
+        expected = gradients(exact, x.double(), spare=spare)
+        with low_precision(dtype, enabled=cast):
+            found = gradients(model, x, spare=spare)
+            assert bool(calls) == (products.SMALL == 0)
+            reference = gradients(twin, x, spare=spare)
+        assert [own is None or own.dtype for own in found] == [own is None or own.dtype for own in reference]
+        errors.append(distances(found, expected))
+        usual.append(distances(reference, expected))
+    error, usual = (torch.tensor(each).square().mean(0).sqrt() for each in (errors, usual))
+    assert (error <= (1.5 * usual).clamp_min(4 * torch.finfo(dtype).eps)).all(), error / usual
     if not spare:
         assert model.spare.lora2fx_weight.u.grad is None
+
+
+@pytest.mark.usefixtures("_size")
+def test_second_derivatives_of_a_model_in_low_precision():
+    model, _ = attached(dtype=torch.float32)
+    in_low_precision(model, torch.bfloat16)
+    twin, exact = functional(model), functional(model).double()
+
+    def second(own, x):
+        first = torch.autograd.grad(own(x).square().sum(), trained(own), create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), trained(own))
+
+    errors, usual = [], []
+    for seed in range(8):
+        x = inputs(seed=seed).bfloat16()
+        expected = second(exact, x.double())
+        errors.append(distances(second(model, x), expected))
+        usual.append(distances(second(twin, x), expected))
+    error, usual = (torch.tensor(each).square().mean(0).sqrt() for each in (errors, usual))
+    assert (error <= (1.5 * usual).clamp_min(4 * torch.finfo(torch.bfloat16).eps)).all(), error / usual
 
 
 @pytest.mark.usefixtures("_size")

@@ -15,7 +15,7 @@ from lora2fx import eager
 from lora2fx.methods.lora2 import LoRA2
 from lora2fx.training import products, rebuilding
 from lora2fx.training.rebuilding import origin_of
-from tests.adapted import adapters_of
+from tests.adapted import adapters_of, distances, in_low_precision
 
 METHOD = LoRA2(r=4, k=3, target_r=2, tinit=1, tfinal=2)
 OWN = pytest.mark.parametrize("size", [2**16, 0], ids=["torch's derivatives", "own function"])
@@ -186,6 +186,29 @@ def test_second_derivatives_of_teams(size, monkeypatch):
 
     for a, b in zip(twice(model), twice(copy.deepcopy(model)), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+@OWN
+def test_teams_of_a_model_in_low_precision(size, monkeypatch):
+    monkeypatch.setattr(products, "SMALL", size)
+    model, _ = attached()
+    in_low_precision(model.float(), torch.bfloat16)
+    twin, exact = copy.deepcopy(model), copy.deepcopy(model).double()
+
+    def run(own, x):
+        own.zero_grad()
+        output = own(x)
+        output.square().sum().backward()
+        return [output, *(p.grad for p in own.parameters() if p.requires_grad)]
+
+    errors, usual = [], []
+    for _ in range(8):
+        x = torch.randn(3, 5, 6).bfloat16()
+        expected = run(exact, x.double())
+        errors.append(distances(run(model, x), expected))
+        usual.append(distances(run(twin, x), expected))
+    error, usual = (torch.tensor(each).square().mean(0).sqrt() for each in (errors, usual))
+    assert (error <= (1.5 * usual).clamp_min(4 * torch.finfo(torch.bfloat16).eps)).all(), error / usual
 
 
 @OWN

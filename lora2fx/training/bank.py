@@ -16,7 +16,7 @@ from lora2fx.adapter import Adapter
 from lora2fx.eager import connect, disconnect
 from lora2fx.sharding import is_sharded
 from lora2fx.training.folded import Cuts, Folded, Stacks, Use
-from lora2fx.training.products import CAST, Layer, added_products, is_cast, is_frozen, product_dtype
+from lora2fx.training.products import CAST, Layer, added_products, fits, is_cast, is_frozen, product_dtype
 from lora2fx.training.sharing import Member, Shared, Sharing
 
 _version = attrgetter("_version")
@@ -144,17 +144,17 @@ class Bank:
     def product(self, index: int, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
         """x Wᵀ + b + (x Aᵀ) B in the dtype of a linear layer of x.
 
-        None where W or b trains or is no plain tensor, or, without autocast, where the factors are of another dtype.
+        None where W or b trains or is no plain tensor, or the factors don't fit x.
         """
-        own, dtype = self._current(index), product_dtype(x)
-        if not is_frozen(weight, bias, x) or not (dtype == own.b.dtype or is_cast(x)):
+        own, dtype = self._current(index).b.dtype, product_dtype(x)
+        if not is_frozen(weight, bias, x) or not fits(own, x):
             return None
-        folds = self._folds if dtype == own.b.dtype else self._in_dtype(dtype)
-        own = folds[index]
-        own.folded.use.read.add(own.place)
+        folds = self._in_dtype(dtype) if is_cast(x) and dtype != own else self._folds
+        part = folds[index]
+        part.folded.use.read.add(part.place)
         layer = Layer(index, weight, bias)
         if index not in self._sharing.involved:
-            return added_products(x, (layer,), own.a(), (own.b,), self._rebuild)[0]
+            return added_products(x.to(dtype), (layer,), part.a(), (part.b,), self._rebuild)[0]
         return self._product_of_team(folds, x, layer)
 
     def _in_dtype(self, dtype: torch.dtype) -> list[_Folds]:
@@ -170,10 +170,11 @@ class Bank:
         if known is not None:
             return known
         layers = self._sharing.team(x, layer)
+        read = x.to(product_dtype(x))
         if len(layers) == 1:
-            return added_products(x, layers, own.a(), (own.b,), self._rebuild)[0]
+            return added_products(read, layers, own.a(), (own.b,), self._rebuild)[0]
         right = [folds[member.number].b for member in layers]
-        found = added_products(x, layers, own.piece, right, self._rebuild)
+        found = added_products(read, layers, own.piece, right, self._rebuild)
         return self._sharing.keep(x, layers, found, layer.number, own.folded)
 
     def _current(self, index: int) -> _Folds:

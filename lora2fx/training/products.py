@@ -1,6 +1,8 @@
 """y = x Wᵀ + b + (x Aᵀ) B of one site, or of several that read the same x; W and b are frozen.
 
-All of it in the dtype of A and B, which under autocast is autocast's, as torch's own linear layer would cast.
+All of it in one dtype, under autocast in autocast's, as torch's own linear layer would cast. A model in low precision
+without autocast has A and B in float32: so are their products, and what they add is rounded to the model's dtype, as in
+the functional form.
 """
 
 from __future__ import annotations
@@ -39,6 +41,11 @@ def product_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(x.device.type) if is_cast(x) else x.dtype
 
 
+def fits(factors: torch.dtype, x: Tensor) -> bool:
+    """Whether factors of this dtype are those for x: of its dtype, or wider, or to be cast as autocast casts x."""
+    return is_cast(x) or factors == x.dtype or (factors == torch.float32 and x.dtype in CAST)
+
+
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """For a backward, which may be called under autocast: each product in the dtype of what it is given."""
     on = torch.is_autocast_enabled(device.type)
@@ -72,16 +79,11 @@ class AddedProducts(torch.autograd.Function):
         weights = [weight.to(x.dtype) for weight in weights]
         biases = [None if bias is None else bias.to(x.dtype) for bias in biases]
         rows = x.reshape(-1, x.shape[-1])
-        inner = a.mm(rows.t())
+        inner = a.mm(rows.to(a.dtype).t())
         outputs = []
         for weight, bias, own, low in zip(weights, biases, b, inner.chunk(len(b)), strict=True):
-            y = x.new_empty(*x.shape[:-1], len(weight))
-            flat = y.view(-1, len(weight))
-            if bias is None:
-                torch.mm(low.t(), own, out=flat)
-            else:
-                torch.addmm(bias, low.t(), own, out=flat)
-            flat.addmm_(rows, weight.t())
+            y = x.new_empty(*x.shape[:-1], len(weight))  # no view of another: users may write to it
+            _write_product(y.view(-1, len(weight)), low.t(), own, bias).addmm_(rows, weight.t())
             outputs.append(y)
         ctx.origin, ctx.count = origin, len(b)
         ctx.save_for_backward(inner, a, *b, *weights, *((x,) if origin is None else origin.tensors))
@@ -100,18 +102,26 @@ class AddedProducts(torch.autograd.Function):
         n, (inner, a, *kept) = ctx.count, ctx.saved_tensors
         b, weights, kept = kept[:n], kept[n : 2 * n], kept[2 * n :]
         x = kept[0] if ctx.origin is None else ctx.origin.rebuild(kept)
-        rows = x.reshape(-1, x.shape[-1])
+        rows = x.reshape(-1, x.shape[-1]).to(a.dtype)
         given = [None if grad is None else grad.reshape(-1, grad.shape[-1]) for grad in grads]
+        wide = [None if grad is None else grad.to(a.dtype) for grad in given]
         if torch.is_grad_enabled():  # a second derivative follows, which must see what `inner` is made of
             inner = a.mm(rows.t())
-        back, grad_x = _through(b, given), None
+        back, grad_x = _through(b, wide), None
         if ctx.needs_input_grad[0]:
-            grad_x = back.t().mm(a)
+            grad_x = back.t().mm(a).to(x.dtype)
             for grad, weight in zip(given, weights, strict=True):
                 grad_x = grad_x if grad is None else _plus(grad_x, grad, weight)
             grad_x = grad_x.view(x.shape)
-        lows = [None if grad is None else low.mm(grad) for low, grad in zip(inner.chunk(n), given, strict=True)]
+        lows = [None if grad is None else low.mm(grad) for low, grad in zip(inner.chunk(n), wide, strict=True)]
         return grad_x, None, back.mm(rows), *(part for low in lows for part in (None, None, low))
+
+
+def _write_product(y: Tensor, left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
+    """left right + bias, into y, whose dtype bias has."""
+    if y.dtype != right.dtype:
+        return y.copy_(left.mm(right) if bias is None else torch.addmm(bias.to(right.dtype), left, right))
+    return torch.mm(left, right, out=y) if bias is None else torch.addmm(bias, left, right, out=y)
 
 
 def _columns(layers: Sequence[Any]) -> tuple[Sequence[Tensor], Sequence[Tensor | None], Sequence[Tensor]]:
@@ -135,8 +145,7 @@ def _through(b: Sequence[Tensor], grads: Sequence[Tensor | None]) -> Tensor:
 def added_products(
     x: Tensor, layers: Sequence[Layer], a: Tensor, b: Sequence[Tensor], rebuild: bool
 ) -> tuple[Tensor, ...]:
-    """One output a layer; torch's own derivatives, whose nodes cost less than Python, where x is small."""
-    x = x.to(a.dtype)
+    """One output a layer, in x's dtype; by torch's derivatives, whose nodes cost less than Python, where x is small."""
     if x.numel() > SMALL:
         origin = origin_of(x) if rebuild else None
         own = [part for layer, right in zip(layers, b, strict=True) for part in (layer.weight, layer.bias, right)]
@@ -144,11 +153,14 @@ def added_products(
         return (found,) if isinstance(found, Tensor) else found
     shape = x.shape
     rows = x.reshape(-1, shape[-1])
-    inner = F.linear(rows, a)
+    inner = F.linear(rows.to(a.dtype), a)
     lows = (inner,) if len(b) == 1 else inner.chunk(len(b), 1)
-    return tuple(
-        [
-            F.linear(rows, layer.weight, layer.bias).addmm_(low, right).view(*shape[:-1], -1)
-            for layer, right, low in zip(layers, b, lows, strict=True)
-        ]
+    outputs = (
+        _add_product(F.linear(rows, layer.weight, layer.bias), low, right)
+        for layer, right, low in zip(layers, b, lows, strict=True)
     )
+    return tuple([y.view(*shape[:-1], -1) for y in outputs])
+
+
+def _add_product(y: Tensor, low: Tensor, right: Tensor) -> Tensor:
+    return y.addmm_(low, right) if y.dtype == low.dtype else y.add_(low.mm(right))
