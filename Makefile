@@ -39,7 +39,8 @@ docs: $(VENV)/.installed-dev  ## the documentation as a site, in site/
 
 bench: $(VENV)/.installed-dev  ## step time, operations and memory beside PEFT; writes benchmarks/results, prints tables
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/count_ops.py
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/count_ops.py --bfloat16
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/count_ops.py --precision autocast
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/count_ops.py --precision bfloat16
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench_memory.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench_step.py $(ARGS)
 

@@ -1,8 +1,8 @@
 """Bytes that a forward keeps for its backward, each storage once, weights left out: exact.
 
-Writes results/memory.json, or memory-bfloat16.json, and prints a table.
+Writes results/memory.json, or memory-<precision>.json, and prints a table.
 
-python benchmarks/bench_memory.py [--bfloat16]
+python benchmarks/bench_memory.py [--precision autocast]
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from counting import saved_bytes, state_of
 from timing import circumstances
-from training_steps import BASE, GEMM_BOUND, VARIANTS
+from training_steps import BASE, GEMM_BOUND, PRECISIONS, names_of, prepared, suffix_of
 from transformers.utils import logging
 
 RESULTS = Path(__file__).parent / "results"
@@ -24,13 +24,13 @@ RESULTS = Path(__file__).parent / "results"
 def main() -> None:
     """Measure each variant in the GEMM-bound setting."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bfloat16", action="store_true", help="the forward under autocast")
-    low = parser.parse_args().bfloat16
+    parser.add_argument("--precision", choices=PRECISIONS, default=PRECISIONS[0])
+    setting = replace(GEMM_BOUND, precision=parser.parse_args().precision)
     warnings.simplefilter("ignore")
     logging.set_verbosity_error()
     found = {}
-    for name, make in VARIANTS.items():
-        training = replace(make(GEMM_BOUND), bfloat16=low)
+    for name in names_of(setting):
+        training = prepared(setting, name)
         found[name] = saved_bytes(training.loss, state_of(training.model))
         del training
     print("| kept for the backward, GEMM-bound | MiB | / frozen base |")
@@ -38,8 +38,8 @@ def main() -> None:
     for name, held in found.items():
         print(f"| {name} | {held / 2**20:.1f} | {held / found[BASE]:.3f} |")
     RESULTS.mkdir(exist_ok=True)
-    text = json.dumps({**circumstances(), "setting": vars(GEMM_BOUND), "bytes": found}, indent=1)
-    (RESULTS / f"memory{'-bfloat16' if low else ''}.json").write_text(text + "\n", encoding="utf-8")
+    text = json.dumps({**circumstances(), "setting": vars(setting), "bytes": found}, indent=1)
+    (RESULTS / f"memory{suffix_of(setting.precision)}.json").write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -5,11 +5,12 @@ machine has spoilt. Writes results/step-<setting>.json and prints the README's t
 
 python benchmarks/bench_step.py --settings GEMM-bound launch-bound --rounds 10
 python benchmarks/bench_step.py --compiled --settings launch-bound
-python benchmarks/bench_step.py --bfloat16
+python benchmarks/bench_step.py --precision autocast
 
 --compiled: forward and backward through torch.compile (inductor), of frozen base, PEFT's LoRA and ours, in models of
 three layers: compiling them takes a minute each. Writes results/step-<setting>-compiled.json.
---bfloat16: the forward under autocast, for processors that multiply in it. Writes results/step-<setting>-bfloat16.json.
+--precision: autocast, or a model loaded in bfloat16, for processors that multiply in it. Writes
+results/step-<setting>-<precision>.json.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import Any
 import torch
 from timing import QUIET, circumstances, interleaved, quartiles, ratios, spread
 from torch._dynamo.utils import counters
-from training_steps import BASE, OURS, SETTINGS, VARIANTS, Setting, Training
+from training_steps import BASE, OURS, PRECISIONS, SETTINGS, VARIANTS, Setting, Training, names_of, prepared, suffix_of
 from transformers.utils import logging
 
 RESULTS = Path(__file__).parent / "results"
@@ -43,9 +44,9 @@ def compiled(training: Training) -> tuple[Training, dict[str, int]]:
     return found, {"graphs": counters["stats"]["unique_graphs"], "graph_breaks": breaks}
 
 
-def measured(setting: Setting, rounds: int, names: list[str], compile_too: bool, low: bool) -> dict[str, Any]:
+def measured(setting: Setting, rounds: int, names: list[str], compile_too: bool) -> dict[str, Any]:
     """Median and quartiles of each variant's step, as a ratio to the frozen base's and to PEFT's."""
-    trainings = {name: replace(VARIANTS[name](setting), bfloat16=low) for name in names}
+    trainings = {name: prepared(setting, name) for name in names}
     graphs: dict[str, dict[str, int]] = {}
     for name in names if compile_too else ():
         trainings[name], graphs[name] = compiled(trainings[name])
@@ -83,20 +84,20 @@ def main() -> int:
     parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=None)
     parser.add_argument("--compiled", action="store_true")
-    parser.add_argument("--bfloat16", action="store_true")
+    parser.add_argument("--precision", choices=PRECISIONS, default=PRECISIONS[0])
     parser.add_argument("--rounds", type=int, default=10)
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.set_verbosity_error()
-    every = [BASE, "PEFT LoRA", OURS] if arguments.compiled else list(VARIANTS)
-    names = list(dict.fromkeys([BASE, *(arguments.variants or every)]))
-    suffix = "".join(f"-{word}" for word in ("compiled", "bfloat16") if getattr(arguments, word))
+    suffix = ("-compiled" if arguments.compiled else "") + suffix_of(arguments.precision)
     published, noisy = [], False
     RESULTS.mkdir(exist_ok=True)
     for name in arguments.settings:
-        setting = SETTINGS[name]
+        setting = replace(SETTINGS[name], precision=arguments.precision)
         setting = replace(setting, layers=LAYERS_COMPILED) if arguments.compiled else setting
-        result = measured(setting, arguments.rounds, names, arguments.compiled, arguments.bfloat16)
+        every = [BASE, "PEFT LoRA", OURS] if arguments.compiled else names_of(setting)
+        names = list(dict.fromkeys([BASE, *(arguments.variants or every)]))
+        result = measured(setting, arguments.rounds, names, arguments.compiled)
         print(table([result]), flush=True)
         if result["base_spread"] > QUIET:
             print(f"NOT PUBLISHED: {name}: the base's own spread is {result['base_spread']:.1%}, above {QUIET:.0%}.")

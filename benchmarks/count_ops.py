@@ -1,9 +1,9 @@
 """How many operations a training step dispatches, and how often the host waits: exact, the same on every machine.
 
-Writes results/operations.json, or operations-bfloat16.json, and prints a table. A foreach operation over many tensors
-is one; views are none.
+Writes results/operations.json, or operations-<precision>.json, and prints a table. A foreach operation over many
+tensors is one; views are none.
 
-python benchmarks/count_ops.py [--bfloat16]
+python benchmarks/count_ops.py [--precision autocast]
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 from counting import dispatched_operations, host_syncs
 from timing import circumstances
-from training_steps import BASE, LAUNCH_BOUND, VARIANTS, Training
+from training_steps import BASE, LAUNCH_BOUND, PRECISIONS, Training, names_of, prepared, suffix_of
 from transformers.utils import logging
 
 RESULTS = Path(__file__).parent / "results"
@@ -47,13 +47,12 @@ def counted(training: Training) -> dict[str, int]:
 def main() -> None:
     """Count each variant in the launch-bound setting."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bfloat16", action="store_true", help="the forward under autocast")
-    low = parser.parse_args().bfloat16
+    parser.add_argument("--precision", choices=PRECISIONS, default=PRECISIONS[0])
+    setting = replace(LAUNCH_BOUND, precision=parser.parse_args().precision)
     warnings.simplefilter("ignore")
     logging.set_verbosity_error()
-    sites = LAUNCH_BOUND.sites
-    makers = VARIANTS.items()
-    found: dict[str, Any] = {name: counted(replace(make(LAUNCH_BOUND), bfloat16=low)) for name, make in makers}
+    sites = setting.sites
+    found: dict[str, Any] = {name: counted(prepared(setting, name)) for name in names_of(setting)}
     base = found[BASE]
     print(f"| launch-bound, {sites} matrices | more in forward and backward, each | after the backward | host syncs |")
     print("|---|---|---|---|")
@@ -62,7 +61,7 @@ def main() -> None:
         print(f"| {name} | {extra:.1f} | {own['after_backward']} | {own['host_syncs']} |")
     RESULTS.mkdir(exist_ok=True)
     text = json.dumps({**circumstances(), "sites": sites, "counts": found}, indent=1)
-    (RESULTS / f"operations{'-bfloat16' if low else ''}.json").write_text(text + "\n", encoding="utf-8")
+    (RESULTS / f"operations{suffix_of(setting.precision)}.json").write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import peft
@@ -21,6 +21,10 @@ LENGTH_OF_RUN = 100_000
 RANK = 8
 
 
+PRECISIONS = ("float32", "autocast", "bfloat16")
+"""A step in float32; in bfloat16 where autocast says so; of a model loaded in bfloat16, adapters in float32."""
+
+
 @dataclass(frozen=True)
 class Setting:
     """A BERT and a batch of `rows` x `tokens`; dropout is 0, so that all variants compute the same base."""
@@ -31,6 +35,7 @@ class Setting:
     layers: int
     rows: int
     tokens: int
+    precision: str = "float32"
 
     @property
     def sites(self) -> int:
@@ -45,21 +50,18 @@ SETTINGS = {setting.name: setting for setting in (GEMM_BOUND, LAUNCH_BOUND)}
 
 @dataclass(frozen=True)
 class Training:
-    """A model that trains: `step` is everything from zero_grad to what the method does after the optimizer's step.
-
-    `bfloat16` has the forward compute in bfloat16 where autocast does.
-    """
+    """A model that trains: `step` is everything from zero_grad to what the method does after the optimizer's step."""
 
     model: nn.Module
     batch: dict[str, Tensor]
     optimizer: torch.optim.Optimizer
     extra_loss: Callable[[], Tensor] | None = None
     after: Callable[[], None] | None = None
-    bfloat16: bool = False
+    autocast: bool = False
 
     def loss(self) -> Tensor:
         """The forward, regulariser included where it is part of the loss."""
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
             loss: Tensor = self.model(**self.batch).loss
         return loss if self.extra_loss is None else loss + self.extra_loss()
 
@@ -86,7 +88,8 @@ def fresh_model(setting: Setting) -> BertForSequenceClassification:
         attention_probs_dropout_prob=0.0,
         problem_type="single_label_classification",  # else the first forward sets it, and torch.compile starts anew
     )
-    return BertForSequenceClassification(config).train()
+    model = BertForSequenceClassification(config)
+    return (model.bfloat16() if setting.precision == "bfloat16" else model).train()
 
 
 def fresh_batch(setting: Setting) -> dict[str, Tensor]:
@@ -200,3 +203,18 @@ VARIANTS: dict[str, Callable[[Setting], Training]] = {
         adapted, method=lora2fx.AdaLoRA(r=RANK, target_r=RANK // 2, tinit=0, tfinal=10, deltaT=1)
     ),
 }
+
+
+def names_of(setting: Setting) -> list[str]:
+    """The variants that can be trained so: the authors' arithmetic adds float32 to the weights, and needs them so."""
+    return [name for name, make in VARIANTS.items() if setting.precision != "bfloat16" or make is not authors]
+
+
+def prepared(setting: Setting, name: str) -> Training:
+    """A variant, ready to train."""
+    return replace(VARIANTS[name](setting), autocast=setting.precision == "autocast")
+
+
+def suffix_of(precision: str) -> str:
+    """What the name of a results file ends with."""
+    return "" if precision == "float32" else f"-{precision}"
