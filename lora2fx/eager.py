@@ -10,7 +10,7 @@ two small products more than the frozen layer. Plain float tensors go through `t
 dtype: where x is small by torch's own derivatives, else by one function that makes x again in the backward, rather
 than keep it, where it can (`training.rebuilding`); sites that were seen to read the same x when the model was
 transformed are computed together (`training.sharing`). Whatever else comes along (other matmuls, some columns of a
-fused weight, dropout, weights that train, quantised ones) takes the folded factors as they are.
+fused weight, dropout of a small x, weights that train, quantised ones) takes the folded factors as they are.
 
 The regulariser's gradient is added in closed form to stacks of gradients, where they are plain tensors without a loss
 scale, by autograd else (`training.driver`). Tests hold each against its reference in float64.
@@ -35,7 +35,9 @@ SLOT = "_folded"
 class Source(Protocol):
     """What folds many adapters at once."""
 
-    def product(self, index: int, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+    def product(
+        self, index: int, x: Tensor, weight: Tensor, bias: Tensor | None, dropout: nn.Dropout | None
+    ) -> Tensor | None:
         """The layer's output with what the adapter with this index adds; None where `factors` must do."""
 
     def factors(self, index: int, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -106,8 +108,9 @@ def _is_transformed(x: Tensor) -> bool:
 def adapted_linear(x: Tensor, weight: Tensor, bias: Tensor | None, adapter: Adapter) -> Tensor:
     """x Wᵀ + b + what the adapter adds; x (..., in) → (..., out), in the layer's dtype."""
     slot = _slot(adapter)
-    if slot is not None and adapter.dropout is None and not _is_transformed(x):
-        found = slot.source.product(slot.index, x, weight, bias)
+    if slot is not None and not _is_transformed(x):
+        dropout = adapter.dropout if adapter.dropout is not None and adapter.dropout.training else None
+        found = slot.source.product(slot.index, x, weight, bias, dropout)
         if found is not None:
             return found
     return adapted_output(F.linear(x, weight, bias), x, adapter)

@@ -202,11 +202,12 @@ def test_unattached_adapters_cost_what_their_graph_says():
     assert few[0] > counts(*adapted(2))[0]
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("r", [8, 64])
-def test_what_is_kept_for_the_backward_hardly_depends_on_r(r, dtype, monkeypatch):
+def test_what_is_kept_for_the_backward_hardly_depends_on_r(r, dtype, dropout, monkeypatch):
     monkeypatch.setattr(products, "SMALL", 0)
-    model, _ = adapted(4, lora2fx.LoRA2(r=r, k=8, target_r=4, tinit=0, tfinal=2))
+    model, _ = adapted(4, lora2fx.LoRA2(r=r, k=8, target_r=4, tinit=0, tfinal=2, lora_dropout=dropout))
     plain, _ = frozen(4)
     for each in (model, plain) if dtype == torch.bfloat16 else ():
         lower(each)
@@ -218,4 +219,5 @@ def test_what_is_kept_for_the_backward_hardly_depends_on_r(r, dtype, monkeypatch
     inner = rows * 4 * 8 * 8
     factors = 8 * 3 * 4 * 4 * 8 * sum(WIDTHS) // 2  # A, B and the stacks of V, of 8 matrices
     core = 8 * 4 * (4 * 8 * r + 3 * r + 8 * 8 + 2 * 8)
-    assert kept <= own + inputs + inner + factors + core
+    masks = rows * 4 * sum(WIDTHS) if dropout else 0  # a byte an element
+    assert kept <= own + inputs + inner + factors + core + masks

@@ -10,13 +10,23 @@ from typing import NamedTuple, Protocol
 from weakref import ref
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora2fx.adapter import Adapter
 from lora2fx.eager import connect, disconnect
 from lora2fx.sharding import is_sharded
 from lora2fx.training.folded import Cuts, Folded, Stacks, Use
-from lora2fx.training.products import CAST, Layer, added_products, fits, is_cast, is_frozen, product_dtype
+from lora2fx.training.products import (
+    CAST,
+    Kept,
+    Layer,
+    added_products,
+    fits,
+    is_cast,
+    is_frozen,
+    is_small,
+    product_dtype,
+)
 from lora2fx.training.sharing import Member, Shared, Sharing
 
 _version = attrgetter("_version")
@@ -141,20 +151,23 @@ class Bank:
         own.folded.use.read.add(own.place)
         return own.a(), own.b
 
-    def product(self, index: int, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-        """x Wᵀ + b + (x Aᵀ) B in the dtype of a linear layer of x.
+    def product(
+        self, index: int, x: Tensor, weight: Tensor, bias: Tensor | None, dropout: nn.Dropout | None
+    ) -> Tensor | None:
+        """x Wᵀ + b + (dropout(x) Aᵀ) B in the dtype of a linear layer of x.
 
-        None where W or b trains or is no plain tensor, or the factors don't fit x.
+        None where W or b trains or is no plain tensor, or the factors don't fit x, or of a dropout of a small x.
         """
         own, dtype = self._current(index).b.dtype, product_dtype(x)
-        if not is_frozen(weight, bias, x) or not fits(own, x):
+        if not is_frozen(weight, bias, x) or not fits(own, x) or (dropout is not None and is_small(x)):
             return None
         folds = self._in_dtype(dtype) if is_cast(x) and dtype != own else self._folds
         part = folds[index]
         part.folded.use.read.add(part.place)
         layer = Layer(index, weight, bias)
-        if index not in self._sharing.involved:
-            return added_products(x.to(dtype), (layer,), part.a(), (part.b,), self._rebuild)[0]
+        if dropout is not None or index not in self._sharing.involved:
+            kept = None if dropout is None else Kept.by(dropout, x)
+            return added_products(x.to(dtype), (layer,), part.a(), (part.b,), self._rebuild, kept)[0]
         return self._product_of_team(folds, x, layer)
 
     def _in_dtype(self, dtype: torch.dtype) -> list[_Folds]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,22 @@ CAST = (torch.float32, torch.bfloat16, torch.float16)
 """What autocast casts."""
 SMALL = 2**16
 """Elements of x up to which calls cost more than passes over memory."""
+
+
+class Kept(NamedTuple):
+    """What a dropout lets through: a mask (bool) of x's shape, and what it multiplies that by."""
+
+    mask: Tensor
+    scale: float
+
+    @classmethod
+    def by(cls, dropout: nn.Dropout, x: Tensor) -> Self:
+        """Drawn as `dropout(x)` would draw it."""
+        return cls(dropout(torch.ones_like(x)) != 0, 1 / (1 - dropout.p))
+
+    def of(self, rows: Tensor) -> Tensor:
+        """The dropout of rows (n, in)."""
+        return rows.mul(self.mask.view(rows.shape)).mul_(self.scale)
 
 
 class Layer(NamedTuple):
@@ -39,6 +55,11 @@ def is_cast(x: Tensor) -> bool:
 def product_dtype(x: Tensor) -> torch.dtype:
     """The dtype that a linear layer of x computes in: autocast's, or x's own."""
     return torch.get_autocast_dtype(x.device.type) if is_cast(x) else x.dtype
+
+
+def is_small(x: Tensor) -> bool:
+    """Whether torch's own derivatives serve x best."""
+    return x.numel() <= SMALL
 
 
 def fits(factors: torch.dtype, x: Tensor) -> bool:
@@ -69,23 +90,25 @@ class AddedProducts(torch.autograd.Function):
 
     The small product comes first, and the frozen one is added to it: one pass over memory less. A product with few
     columns is made transposed, as k long rows: a BLAS is two to four times faster at it. Where `origin` says how x was
-    made of what autograd keeps anyway, that is kept in the place of x.
+    made of what autograd keeps anyway, that is kept in the place of x; of a dropout of x its mask, a byte an element.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, origin: Origin | None, a: Tensor, *layers: Tensor | None) -> Any:  # noqa: D102
+    def forward(  # noqa: D102
+        ctx: Any, x: Tensor, origin: Origin | None, kept: Kept | None, a: Tensor, *layers: Tensor | None
+    ) -> Any:
         ctx.set_materialize_grads(False)
         weights, biases, b = _columns(layers)
         weights = [weight.to(x.dtype) for weight in weights]
         biases = [None if bias is None else bias.to(x.dtype) for bias in biases]
         rows = x.reshape(-1, x.shape[-1])
-        inner = a.mm(rows.to(a.dtype).t())
+        inner = a.mm(_thinned(rows.to(a.dtype), kept).t())
         outputs = []
         for weight, bias, own, low in zip(weights, biases, b, inner.chunk(len(b)), strict=True):
             y = x.new_empty(*x.shape[:-1], len(weight))  # no view of another: users may write to it
             _write_product(y.view(-1, len(weight)), low.t(), own, bias).addmm_(rows, weight.t())
             outputs.append(y)
-        ctx.origin, ctx.count = origin, len(b)
+        ctx.origin, ctx.count, ctx.kept = origin, len(b), kept
         ctx.save_for_backward(inner, a, *b, *weights, *((x,) if origin is None else origin.tensors))
         return outputs[0] if len(b) == 1 else tuple(outputs)
 
@@ -93,7 +116,7 @@ class AddedProducts(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> Any:  # noqa: D102
         given = next((grad for grad in grads if grad is not None), None)
         if given is None:
-            return (None,) * (3 + 3 * ctx.count)
+            return (None,) * (4 + 3 * ctx.count)
         with without_autocast(given.device):
             return AddedProducts._gradients(ctx, grads)
 
@@ -102,19 +125,23 @@ class AddedProducts(torch.autograd.Function):
         n, (inner, a, *kept) = ctx.count, ctx.saved_tensors
         b, weights, kept = kept[:n], kept[n : 2 * n], kept[2 * n :]
         x = kept[0] if ctx.origin is None else ctx.origin.rebuild(kept)
-        rows = x.reshape(-1, x.shape[-1]).to(a.dtype)
+        rows = _thinned(x.reshape(-1, x.shape[-1]).to(a.dtype), ctx.kept)
         given = [None if grad is None else grad.reshape(-1, grad.shape[-1]) for grad in grads]
         wide = [None if grad is None else grad.to(a.dtype) for grad in given]
         if torch.is_grad_enabled():  # a second derivative follows, which must see what `inner` is made of
             inner = a.mm(rows.t())
         back, grad_x = _through(b, wide), None
         if ctx.needs_input_grad[0]:
-            grad_x = back.t().mm(a).to(x.dtype)
+            grad_x = _thinned(back.t().mm(a), ctx.kept).to(x.dtype)
             for grad, weight in zip(given, weights, strict=True):
                 grad_x = grad_x if grad is None else _plus(grad_x, grad, weight)
             grad_x = grad_x.view(x.shape)
         lows = [None if grad is None else low.mm(grad) for low, grad in zip(inner.chunk(n), wide, strict=True)]
-        return grad_x, None, back.mm(rows), *(part for low in lows for part in (None, None, low))
+        return grad_x, None, None, back.mm(rows), *(part for low in lows for part in (None, None, low))
+
+
+def _thinned(rows: Tensor, kept: Kept | None) -> Tensor:
+    return rows if kept is None else kept.of(rows)
 
 
 def _write_product(y: Tensor, left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
@@ -143,13 +170,16 @@ def _through(b: Sequence[Tensor], grads: Sequence[Tensor | None]) -> Tensor:
 
 
 def added_products(
-    x: Tensor, layers: Sequence[Layer], a: Tensor, b: Sequence[Tensor], rebuild: bool
+    x: Tensor, layers: Sequence[Layer], a: Tensor, b: Sequence[Tensor], rebuild: bool, kept: Kept | None = None
 ) -> tuple[Tensor, ...]:
-    """One output a layer, in x's dtype; by torch's derivatives, whose nodes cost less than Python, where x is small."""
-    if x.numel() > SMALL:
+    """One output a layer, in x's dtype; by torch's derivatives, whose nodes cost less than Python, where x is small.
+
+    `kept` is what a dropout lets through of x, which must not be small then.
+    """
+    if not is_small(x):
         origin = origin_of(x) if rebuild else None
         own = [part for layer, right in zip(layers, b, strict=True) for part in (layer.weight, layer.bias, right)]
-        found = AddedProducts.apply(x, origin, a, *own)  # type: ignore[no-untyped-call]
+        found = AddedProducts.apply(x, origin, kept, a, *own)  # type: ignore[no-untyped-call]
         return (found,) if isinstance(found, Tensor) else found
     shape = x.shape
     rows = x.reshape(-1, shape[-1])
