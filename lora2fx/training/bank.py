@@ -18,7 +18,8 @@ from lora2fx.sharding import is_sharded
 from lora2fx.training.folded import Cuts, Folded, Stacks, Use
 from lora2fx.training.products import (
     CAST,
-    Kept,
+    NOTHING,
+    Drawn,
     Layer,
     added_products,
     fits,
@@ -166,8 +167,8 @@ class Bank:
         part.folded.use.read.add(part.place)
         layer = Layer(index, weight, bias)
         if dropout is not None or index not in self._sharing.involved:
-            kept = None if dropout is None else Kept.by(dropout, x)
-            return added_products(x.to(dtype), (layer,), part.a(), (part.b,), self._rebuild, kept)[0]
+            drawn = NOTHING if dropout is None else Drawn.by(dropout, x)
+            return added_products(x.to(dtype), (layer,), part.a(), (part.b,), self._rebuild, drawn)[0]
         return self._product_of_team(folds, x, layer)
 
     def _in_dtype(self, dtype: torch.dtype) -> list[_Folds]:

@@ -23,20 +23,28 @@ SMALL = 2**16
 """Elements of x up to which calls cost more than passes over memory."""
 
 
-class Kept(NamedTuple):
-    """What a dropout lets through: a mask (bool) of x's shape, and what it multiplies that by."""
+class Drawn(NamedTuple):
+    """A dropout of x: the mask (bool) of what it lets through, in x's shape, and what it multiplies that by."""
 
-    mask: Tensor
-    scale: float
+    mask: Tensor | None = None
+    scale: float = 1.0
 
     @classmethod
     def by(cls, dropout: nn.Dropout, x: Tensor) -> Self:
         """Drawn as `dropout(x)` would draw it."""
         return cls(dropout(torch.ones_like(x)) != 0, 1 / (1 - dropout.p))
 
-    def of(self, rows: Tensor) -> Tensor:
-        """The dropout of rows (n, in)."""
-        return rows.mul(self.mask.view(rows.shape)).mul_(self.scale)
+    def masked(self, rows: Tensor) -> Tensor:
+        """Rows (n, in) without what is dropped."""
+        return rows if self.mask is None else rows * self.mask.view(rows.shape)
+
+    def scaled(self, low: Tensor) -> Tensor:
+        """What is made of such rows, scaled in their place: it is so much less."""
+        return low if self.mask is None else low * self.scale
+
+
+NOTHING = Drawn()
+"""No dropout."""
 
 
 class Layer(NamedTuple):
@@ -95,21 +103,21 @@ class AddedProducts(torch.autograd.Function):
 
     @staticmethod
     def forward(  # noqa: D102
-        ctx: Any, x: Tensor, origin: Origin | None, kept: Kept | None, a: Tensor, *layers: Tensor | None
+        ctx: Any, x: Tensor, origin: Origin | None, drawn: Drawn, a: Tensor, *layers: Tensor | None
     ) -> Any:
         ctx.set_materialize_grads(False)
         weights, biases, b = _columns(layers)
         weights = [weight.to(x.dtype) for weight in weights]
         biases = [None if bias is None else bias.to(x.dtype) for bias in biases]
         rows = x.reshape(-1, x.shape[-1])
-        inner = a.mm(_thinned(rows.to(a.dtype), kept).t())
+        inner = drawn.scaled(a.mm(drawn.masked(rows.to(a.dtype)).t()))
         outputs = []
         for weight, bias, own, low in zip(weights, biases, b, inner.chunk(len(b)), strict=True):
             y = x.new_empty(*x.shape[:-1], len(weight))  # no view of another: users may write to it
             _write_product(y.view(-1, len(weight)), low.t(), own, bias).addmm_(rows, weight.t())
             outputs.append(y)
-        ctx.origin, ctx.count, ctx.kept = origin, len(b), kept
-        ctx.save_for_backward(inner, a, *b, *weights, *((x,) if origin is None else origin.tensors))
+        ctx.origin, ctx.count, ctx.scale = origin, len(b), drawn.scale
+        ctx.save_for_backward(inner, a, drawn.mask, *b, *weights, *((x,) if origin is None else origin.tensors))
         return outputs[0] if len(b) == 1 else tuple(outputs)
 
     @staticmethod
@@ -122,26 +130,23 @@ class AddedProducts(torch.autograd.Function):
 
     @staticmethod
     def _gradients(ctx: Any, grads: Sequence[Tensor | None]) -> Any:
-        n, (inner, a, *kept) = ctx.count, ctx.saved_tensors
+        n, (inner, a, mask, *kept) = ctx.count, ctx.saved_tensors
         b, weights, kept = kept[:n], kept[n : 2 * n], kept[2 * n :]
         x = kept[0] if ctx.origin is None else ctx.origin.rebuild(kept)
-        rows = _thinned(x.reshape(-1, x.shape[-1]).to(a.dtype), ctx.kept)
+        drawn = Drawn(mask, ctx.scale)
+        rows = drawn.masked(x.reshape(-1, x.shape[-1]).to(a.dtype))
         given = [None if grad is None else grad.reshape(-1, grad.shape[-1]) for grad in grads]
         wide = [None if grad is None else grad.to(a.dtype) for grad in given]
         if torch.is_grad_enabled():  # a second derivative follows, which must see what `inner` is made of
-            inner = a.mm(rows.t())
-        back, grad_x = _through(b, wide), None
+            inner = drawn.scaled(a.mm(rows.t()))
+        back, grad_x = drawn.scaled(_through(b, wide)), None
         if ctx.needs_input_grad[0]:
-            grad_x = _thinned(back.t().mm(a), ctx.kept).to(x.dtype)
+            grad_x = drawn.masked(back.t().mm(a)).to(x.dtype)
             for grad, weight in zip(given, weights, strict=True):
                 grad_x = grad_x if grad is None else _plus(grad_x, grad, weight)
             grad_x = grad_x.view(x.shape)
         lows = [None if grad is None else low.mm(grad) for low, grad in zip(inner.chunk(n), wide, strict=True)]
         return grad_x, None, None, back.mm(rows), *(part for low in lows for part in (None, None, low))
-
-
-def _thinned(rows: Tensor, kept: Kept | None) -> Tensor:
-    return rows if kept is None else kept.of(rows)
 
 
 def _write_product(y: Tensor, left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
@@ -170,16 +175,16 @@ def _through(b: Sequence[Tensor], grads: Sequence[Tensor | None]) -> Tensor:
 
 
 def added_products(
-    x: Tensor, layers: Sequence[Layer], a: Tensor, b: Sequence[Tensor], rebuild: bool, kept: Kept | None = None
+    x: Tensor, layers: Sequence[Layer], a: Tensor, b: Sequence[Tensor], rebuild: bool, drawn: Drawn = NOTHING
 ) -> tuple[Tensor, ...]:
     """One output a layer, in x's dtype; by torch's derivatives, whose nodes cost less than Python, where x is small.
 
-    `kept` is what a dropout lets through of x, which must not be small then.
+    `drawn` is a dropout for the small product's x, which must not be small itself then.
     """
     if not is_small(x):
         origin = origin_of(x) if rebuild else None
         own = [part for layer, right in zip(layers, b, strict=True) for part in (layer.weight, layer.bias, right)]
-        found = AddedProducts.apply(x, origin, kept, a, *own)  # type: ignore[no-untyped-call]
+        found = AddedProducts.apply(x, origin, drawn, a, *own)  # type: ignore[no-untyped-call]
         return (found,) if isinstance(found, Tensor) else found
     shape = x.shape
     rows = x.reshape(-1, shape[-1])
