@@ -1,8 +1,8 @@
 """Bytes that a forward keeps for its backward, each storage once, weights left out: exact.
 
-Writes results/memory.json, or memory-<precision>.json, and prints a table.
+Writes results/memory.json, or memory-<precision>.json, and prints a table. --dropout: of what the adapters read.
 
-python benchmarks/bench_memory.py [--precision autocast]
+python benchmarks/bench_memory.py [--precision autocast] [--dropout 0.1]
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ def main() -> None:
     """Measure each variant in the GEMM-bound setting."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--precision", choices=PRECISIONS, default=PRECISIONS[0])
-    setting = replace(GEMM_BOUND, precision=parser.parse_args().precision)
+    parser.add_argument("--dropout", type=float, default=0.0)
+    setting = replace(GEMM_BOUND, **vars(parser.parse_args()))
     warnings.simplefilter("ignore")
     logging.set_verbosity_error()
     found = {}
@@ -39,7 +40,7 @@ def main() -> None:
         print(f"| {name} | {held / 2**20:.1f} | {held / found[BASE]:.3f} |")
     RESULTS.mkdir(exist_ok=True)
     text = json.dumps({**circumstances(), "setting": vars(setting), "bytes": found}, indent=1)
-    (RESULTS / f"memory{suffix_of(setting.precision)}.json").write_text(text + "\n", encoding="utf-8")
+    (RESULTS / f"memory{suffix_of(setting)}.json").write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

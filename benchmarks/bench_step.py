@@ -89,7 +89,6 @@ def main() -> int:
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.set_verbosity_error()
-    suffix = ("-compiled" if arguments.compiled else "") + suffix_of(arguments.precision)
     published, noisy = [], False
     RESULTS.mkdir(exist_ok=True)
     for name in arguments.settings:
@@ -104,6 +103,7 @@ def main() -> int:
             noisy = True
             continue
         published.append(result)
+        suffix = ("-compiled" if arguments.compiled else "") + suffix_of(setting)
         (RESULTS / f"step-{name}{suffix}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     if len(published) > 1:
         print("\n" + table(published))

@@ -61,7 +61,7 @@ def main() -> None:
         print(f"| {name} | {extra:.1f} | {own['after_backward']} | {own['host_syncs']} |")
     RESULTS.mkdir(exist_ok=True)
     text = json.dumps({**circumstances(), "sites": sites, "counts": found}, indent=1)
-    (RESULTS / f"operations{suffix_of(setting.precision)}.json").write_text(text + "\n", encoding="utf-8")
+    (RESULTS / f"operations{suffix_of(setting)}.json").write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification
 
 import lora2fx
-from lora2fx.program import Method, program_of
+from lora2fx.program import program_of
 
 SITES = ("query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense")
 LENGTH_OF_RUN = 100_000
@@ -27,7 +27,10 @@ PRECISIONS = ("float32", "autocast", "bfloat16")
 
 @dataclass(frozen=True)
 class Setting:
-    """A BERT and a batch of `rows` x `tokens`; dropout is 0, so that all variants compute the same base."""
+    """A BERT and a batch of `rows` x `tokens`, without dropout, so that all variants compute the same base.
+
+    `dropout` is that of the adapters.
+    """
 
     name: str
     hidden: int
@@ -36,6 +39,7 @@ class Setting:
     rows: int
     tokens: int
     precision: str = "float32"
+    dropout: float = 0.0
 
     @property
     def sites(self) -> int:
@@ -129,7 +133,9 @@ def full_fine_tuning(setting: Setting) -> Training:
 
 def peft_lora(setting: Setting) -> Training:
     """PEFT's LoRA, r = 8."""
-    config = peft.LoraConfig(r=RANK, lora_dropout=0.0, target_modules=list(SITES), modules_to_save=["classifier"])
+    config = peft.LoraConfig(
+        r=RANK, lora_dropout=setting.dropout, target_modules=list(SITES), modules_to_save=["classifier"]
+    )
     model = peft.get_peft_model(fresh_model(setting), config).train()
     return Training(model, fresh_batch(setting), optimizer_of(model))
 
@@ -144,7 +150,7 @@ def peft_adalora(setting: Setting) -> Training:
         tfinal=10,
         deltaT=1,
         total_step=LENGTH_OF_RUN,
-        lora_dropout=0.0,
+        lora_dropout=setting.dropout,
         target_modules=list(SITES),
         modules_to_save=["classifier"],
     )
@@ -180,8 +186,9 @@ def ours(setting: Setting, r: int = RANK) -> Training:
     return adapted(setting, lora2fx.LoRA2(r=r, k=RANK, target_r=r / 2, tinit=0, tfinal=10, deltaT=1))
 
 
-def adapted(setting: Setting, method: Method) -> Training:
+def adapted(setting: Setting, method: lora2fx.LoRA | lora2fx.AdaLoRA | lora2fx.LoRA2) -> Training:
     """A method of lora2fx's, attached."""
+    method = replace(method, lora_dropout=setting.dropout)
     model, batch = fresh_model(setting), fresh_batch(setting)
     lora2fx.transform(model, list(SITES), method, example_inputs=batch, modules_to_save=["classifier"], verify=False)
     assert len(program_of(model, "benchmark").adapters) == setting.sites
@@ -206,8 +213,9 @@ VARIANTS: dict[str, Callable[[Setting], Training]] = {
 
 
 def names_of(setting: Setting) -> list[str]:
-    """The variants that can be trained so: the authors' arithmetic adds float32 to the weights, and needs them so."""
-    return [name for name, make in VARIANTS.items() if setting.precision != "bfloat16" or make is not authors]
+    """The variants that can be trained so: the authors' arithmetic has float32 and no dropout in it."""
+    all_can = setting.precision != "bfloat16" and not setting.dropout
+    return [name for name, make in VARIANTS.items() if all_can or make is not authors]
 
 
 def prepared(setting: Setting, name: str) -> Training:
@@ -215,6 +223,7 @@ def prepared(setting: Setting, name: str) -> Training:
     return replace(VARIANTS[name](setting), autocast=setting.precision == "autocast")
 
 
-def suffix_of(precision: str) -> str:
+def suffix_of(setting: Setting) -> str:
     """What the name of a results file ends with."""
-    return "" if precision == "float32" else f"-{precision}"
+    precision = "" if setting.precision == PRECISIONS[0] else f"-{setting.precision}"
+    return precision + ("-dropout" if setting.dropout else "")
