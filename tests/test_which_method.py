@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+import lora2fx
+from lora2fx.finetuning.methods import default_rate, make_method
+
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "which-method.md").read_text(encoding="utf-8")
 TABLES = re.findall(r"<!-- from ([\w.]+)(?:, (.+?))? -->\n((?:\|.*\n)+)", PAGE)
@@ -40,3 +43,21 @@ def test_every_figure_was_printed(name, section, table) -> None:
         assert len(own) == 1, f"{cells}: {len(own)} such rows in {name}"
         figures = {re.sub(r" to .*", "", cell) for cell in own[0]}
         assert set(cells) - {""} <= figures, f"{cells} is not what {name} has: {own[0]}"
+
+
+DEFAULTS = re.findall(
+    r"^\| `(\w+)` \| `(.+?)` \| ([\d.]+) \|$", (ROOT / "docs" / "training.md").read_text("utf-8"), re.M
+)
+BENCHMARKED = {"lora2": "LoRA² 3→1", "lora": "LoRA r=8", "adalora": "AdaLoRA 4→2"}
+
+
+@pytest.mark.parametrize(("name", "method", "rate"), DEFAULTS)
+def test_the_command_line_s_defaults_are_those_of_the_page_at_the_rates_of_the_benchmark(name, method, rate) -> None:
+    assert make_method(name, {}) == eval(method, vars(lora2fx))
+    assert default_rate(name, causal=False) == float(rate) == 5 * default_rate(name, causal=True)
+    (row,) = (row for row in printed("quality_text.txt", "Mean over") if row[0] == BENCHMARKED[name])
+    assert rate in row
+
+
+def test_the_page_has_the_defaults() -> None:
+    assert {name for name, *_ in DEFAULTS} == set(BENCHMARKED)
