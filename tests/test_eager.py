@@ -152,8 +152,9 @@ DROPPING = pytest.mark.parametrize("method", [replace(METHOD, lora_dropout=0.4),
 
 
 @pytest.mark.usefixtures("_size")
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2)], ids=["contiguous", "transposed"])
 @DROPPING
-def test_dropout_drops_what_the_functional_form_drops(method, monkeypatch):
+def test_dropout_drops_what_the_functional_form_drops(method, order, monkeypatch):
     model, _ = attached(method)
     twin, calls, found = functional(model), [], []
     monkeypatch.setattr(AddedProducts, "apply", spy(AddedProducts.apply, calls))
@@ -161,7 +162,7 @@ def test_dropout_drops_what_the_functional_form_drops(method, monkeypatch):
     for own in (model, twin):
         torch.manual_seed(5)
         x = inputs().relu().requires_grad_()  # what is 0 anyway may be kept or dropped
-        output = own(x)
+        output = own(x.permute(order))
         output.square().sum().backward()
         found.append([output, x.grad, *(p.grad for p in trained(own))])
     assert bool(calls) == (products.SMALL == 0)

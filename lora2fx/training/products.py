@@ -36,7 +36,7 @@ class Drawn(NamedTuple):
 
     def masked(self, rows: Tensor) -> Tensor:
         """Rows (n, in) without what is dropped."""
-        return rows if self.mask is None else rows * self.mask.view(rows.shape)
+        return rows if self.mask is None else rows * self.mask.reshape(rows.shape)
 
     def scaled(self, low: Tensor) -> Tensor:
         """What is made of such rows, scaled in their place: it is so much less."""
