@@ -150,16 +150,6 @@ class Adapter(nn.Module):
         shape = own.shape[:-1] + (self.site.weight_out_features,)  # noqa: RUF005 a traced shape can't be unpacked
         return own.new_zeros(shape).index_add(-1, self.columns, own)
 
-    def factors_of(self, index: int | Tensor) -> tuple[Tensor, Tensor]:
-        """Of one matrix of a stack: left · diag(gate) (in, k), and right (k, out)."""
-        gate = self.gate()
-        own = gate[index] if gate.dim() > 1 else gate
-        return self.left()[index] * own.unsqueeze(-2), self.right()[index]
-
-    def expert_delta(self, rows: Tensor, right: Tensor) -> Tensor:
-        """ΔW of one matrix of a stack along dimension 0, of its `factors_of`: `weight_delta()[index]`."""
-        return self.site.from_expert(self.among_all_columns(rows @ right))
-
     def exact(self) -> Self:
         """A detached float64 copy in eval mode on the same device: what folding and exporting compute with.
 

@@ -100,9 +100,3 @@ class Site:
         order = self.layout.order
         inverse = tuple(order.index(dim) for dim in range(len(order)))
         return matrix.reshape(self._sizes(order)).permute(inverse)
-
-    def from_expert(self, matrix: Tensor) -> Tensor:
-        """The (in, out) matrix of one expert in the shape that it has in a stack along dimension 0."""
-        order = (*self.layout.contracted, *self.layout.free)
-        inverse = tuple(order.index(dim) for dim in range(1, len(order) + 1))
-        return matrix.reshape(self._sizes(order)).permute(inverse)

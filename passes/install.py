@@ -19,7 +19,7 @@ from lora2fx.eager import two_forms
 from lora2fx.errors import RewriteError
 from lora2fx.insert import Insert
 from lora2fx.passes.recurrent import FLAT_WEIGHTS
-from lora2fx.passes.stacks import read_merged
+from lora2fx.passes.stacks import read_merged, reading_once
 from lora2fx.program import drop_attribute, keep_attribute
 
 GRAPH = "_lora2fx_graph"
@@ -34,13 +34,15 @@ class Recipe:
     """What an adapted class is made of beside its base: plain strings, so that it can be pickled.
 
     `source` is the generated forward (None: the base's own) and `imports` its globals as (name, module,
-    attribute). `merged` lists (parameter, adapters): reading the parameter gives W + ΔW (see `passes.stacks`). `eager`
-    is a second forward, source and imports, for training op by op (see `lora2fx.eager`), with `children` in it.
+    attribute). `merged` lists (parameter, adapters): reading the parameter gives W + ΔW, and where `stacked`, reads of
+    one parameter within a forward are one read (see `passes.stacks`). `eager` is a second forward, source and imports,
+    for training op by op (see `lora2fx.eager`), with `children` in it.
     """
 
     source: str | None = None
     imports: tuple[tuple[str, str, str], ...] = ()
     merged: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    stacked: bool = False
     eager: Source | None = None
     children: tuple[str, ...] = ()
 
@@ -67,11 +69,13 @@ def _rebuild(original: type[nn.Module], recipe: Recipe) -> nn.Module:
     return cls.__new__(cls)
 
 
-def graph_recipe(graph: fx.Graph | None, merged: tuple[tuple[str, tuple[str, ...]], ...]) -> Recipe:
-    """The recipe of a rewritten graph and of the parameters that are read merged."""
+def graph_recipe(
+    graph: fx.Graph | None, merged: tuple[tuple[str, tuple[str, ...]], ...], stacked: bool = False
+) -> Recipe:
+    """The recipe of a rewritten graph and of the parameters that are read merged, stacks of matrices or not."""
     if graph is None:
-        return Recipe(merged=merged)
-    return Recipe(*forward_source(graph), merged)
+        return Recipe(merged=merged, stacked=stacked)
+    return Recipe(*forward_source(graph), merged, stacked)
 
 
 def forward_source(graph: fx.Graph) -> Source:
@@ -149,6 +153,8 @@ def _make_class(original: type[nn.Module], recipe: Recipe) -> type[nn.Module]:
         if recipe.eager is not None:
             eager = _compile_forward(original.__qualname__, recipe.eager)
             body["forward"] = two_forms(body["forward"], eager, recipe.children)
+    if recipe.stacked:
+        body["forward"] = reading_once(body.get("forward", original.forward))
     return type(original.__name__, (Adapted, original), body)
 
 

@@ -253,6 +253,11 @@ def activations():
         "gelu by tanh": lambda x: F.gelu(x * 1, approximate="tanh"),
         "silu": lambda x: F.silu(x * 1),
         "silu times up": lambda x: F.silu(x * weight) * (x * bias),
+        "rows of an activation": lambda x: F.silu(x * 1)[torch.tensor([2, 0, 0, 1])],
+        "a view of an activation": lambda x: F.silu(x * 1).view(-1, 6),
+        "rows of a view of a norm in float32": lambda x: (
+            (weight * (x.float() * torch.rsqrt(x.float().square().mean(-1, True))).double()).reshape(15, 6)
+        )[torch.arange(30) // 2],
     }
 
 
@@ -273,8 +278,16 @@ def test_an_activation_is_made_again(name):
 
 @pytest.mark.parametrize(
     "make",
-    [lambda x: x + 1, lambda x: x.tanh(), lambda x: x.detach(), lambda x: (x + 1) * torch.ones(6, dtype=torch.float64)],
-    ids=["sum", "kept already", "no graph", "frozen times sum"],
+    [
+        lambda x: x + 1,
+        lambda x: x.tanh(),
+        lambda x: x.detach(),
+        lambda x: (x + 1) * torch.ones(6, dtype=torch.float64),
+        lambda x: F.silu(x * 1)[torch.tensor([2, 0])],
+        lambda x: F.silu(x * 1)[torch.arange(3), torch.tensor([0, 1, 2])],
+        lambda x: (x + 1)[torch.tensor([0, 1, 2])],
+    ],
+    ids=["sum", "kept already", "no graph", "frozen times sum", "a few rows", "two indices", "rows of a sum"],
 )
 def test_what_is_not_to_be_had_is_kept(make):
     assert origin_of(make(inputs())) is None

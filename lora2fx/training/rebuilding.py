@@ -1,8 +1,9 @@
 """How an activation was made of what autograd keeps anyway, so that a site needn't keep it: it is made again.
 
-A site's backward needs its input x. Where x came out of LayerNorm, RMSNorm, GELU, SiLU or a product of two, the frozen
-model keeps what went in, for that operation's own backward. It is found in autograd's graph, whatever the
-architecture; what is made again is x to the rounding of its dtype, a product or an activation to the bit.
+A site's backward needs its input x. Where x came out of LayerNorm, RMSNorm, GELU, SiLU or a product of two, or is a
+view of such a tensor or rows of it, the frozen model keeps what went in, for that operation's own backward. It is found
+in autograd's graph, whatever the architecture; what is made again is x to the rounding of its dtype, a product or an
+activation to the bit.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
+from math import prod
 from typing import Any
 
 import torch
@@ -107,6 +109,20 @@ def _cast(node: Any, depth: int) -> Origin | None:
     return None if inner is None else Origin(inner.tensors, lambda kept: inner.rebuild(kept).to(dtype))
 
 
+def _view(node: Any, depth: int) -> Origin | None:
+    inner, shape = _origin(node.next_functions[0][0], depth), node._input_metadata[0].shape
+    return None if inner is None else Origin(inner.tensors, lambda kept: inner.rebuild(kept).reshape(shape))
+
+
+def _rows(node: Any, depth: int) -> Origin | None:
+    """Rows taken by one index, not fewer than there are: else all would be made again for a few."""
+    (raw, *more), source = node._raw_saved_indices, node._saved_self_sym_sizes
+    if more or raw.unpack_hook is not None or prod(node._input_metadata[0].shape) < prod(source):
+        return None
+    index, inner = node._saved_indices[0], _origin(node.next_functions[0][0], depth)
+    return None if inner is None else Origin((*inner.tensors, index), lambda kept: inner.rebuild(kept[:-1])[kept[-1]])
+
+
 def _origin(node: Any, depth: int) -> Origin | None:
     if node is None or depth == 0:
         return None
@@ -123,6 +139,10 @@ def _origin(node: Any, depth: int) -> Origin | None:
             return _product(node, depth)
         case "ToCopyBackward0":
             return _cast(node, depth)
+        case "ViewBackward0" | "UnsafeViewBackward0" | "ReshapeAliasBackward0":
+            return _view(node, depth)
+        case "IndexBackward0":
+            return _rows(node, depth)
     return None
 
 
