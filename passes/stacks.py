@@ -17,6 +17,7 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any, NamedTuple, Protocol, Self, cast
 
 import torch
@@ -165,6 +166,7 @@ class _Read(Protocol):
     def whole(self) -> Tensor: ...
     def transposed(self) -> Update: ...
     def matrix(self, index: int | Tensor) -> Update: ...
+    def rows(self, sizes: Sequence[int]) -> tuple[Update, ...]: ...
     def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor: ...
     def grouped_product(self, x: Tensor, offs: Tensor, multiply: Multiply) -> Tensor: ...
 
@@ -197,6 +199,9 @@ class _Stack:
 
     def matrix(self, index: int | Tensor) -> Update:
         return self._update.matrix(index)
+
+    def rows(self, sizes: Sequence[int]) -> tuple[Update, ...]:
+        return self._update.rows(sizes)
 
     def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         return self._update.product(x, bias)
@@ -325,6 +330,32 @@ def _swapped(input: Any, dim0: Any, dim1: Any) -> Tensor | None:
     return _transposed(input) if integers and {dim0 % input.dim(), dim1 % input.dim()} == last else None
 
 
+def _split(self: Any, split_size: Any, dim: Any = 0) -> tuple[Tensor, ...] | None:
+    length = self.shape[0]
+    sizes = split_size if isinstance(split_size, list | tuple) else _equal(length, split_size)
+    read: _Read | None = self._open() if self.dim() == 2 and dim == 0 and sum(sizes) == length else None
+    return None if read is None else tuple(LazyWeight.of(part, self._modes) for part in read.rows(sizes))
+
+
+def _chunked(input: Any, chunks: Any, dim: Any = 0) -> tuple[Tensor, ...] | None:
+    return _split(input, -(-input.shape[0] // chunks), dim) if type(chunks) is int and chunks > 0 else None
+
+
+def _equal(length: int, size: Any) -> list[int]:
+    return [min(size, length - start) for start in range(0, length, size)] if type(size) is int and size > 0 else []
+
+
+def _attention(*args: Any, **kwargs: Any) -> Any:
+    """torch's attention, which asks its tensors first whether one of them knows better, without asking."""
+    real, tensors = F.multi_head_attention_forward, (*args, *kwargs.values())
+    known = all(_is_plain(t) or isinstance(t, LazyWeight) for t in tensors if isinstance(t, Tensor))
+    if not known or _ASKS not in real.__code__.co_names:
+        return None
+    unasked = FunctionType(real.__code__, vars(F) | {_ASKS: lambda tensors: False}, real.__name__, real.__defaults__)
+    unasked.__kwdefaults__ = real.__kwdefaults__
+    return unasked(*args, **kwargs)
+
+
 def _multiplied(input: Any, other: Any = None, *rest: Any, **options: Any) -> Tensor | None:
     plain = isinstance(other, LazyWeight) and _is_plain(input) and not rest and not options
     read: _Read | None = other._open() if plain else None
@@ -358,7 +389,11 @@ def _grouped(mat_a: Any, mat_b: Any = None, offs: Any = None, **options: Any) ->
     return None if read is None else read.grouped_product(mat_a, offs, torch._grouped_mm)
 
 
-_KEPT: dict[Any, Callable[..., Tensor | None]] = {
+_ASKS = "has_torch_function"
+_KEPT: dict[Any, Callable[..., Any]] = {
+    F.multi_head_attention_forward: _attention,
+    Tensor.split: _split,
+    Tensor.chunk: _chunked,
     Tensor.__getitem__: _matrix,
     Tensor.mT.__get__: _transposed,  # type: ignore[attr-defined]
     **dict.fromkeys((Tensor.T.__get__, Tensor.t, torch.t), _transposed_matrix),  # type: ignore[attr-defined]

@@ -47,6 +47,11 @@ class Update:
         """Mᵀ (*batch, n, m)"""
         return Update(self.name, self.weight.mT, self.b, self.a)
 
+    def rows(self, sizes: Sequence[int]) -> tuple[Update, ...]:
+        """M (m, n) cut into so many rows each."""
+        parts = zip(self.weight.split(list(sizes)), self.a.split(list(sizes), -1), strict=True)
+        return tuple(Update(self.name, weight, a, self.b) for weight, a in parts)
+
     @cached_property
     def _factors(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         return self.a.unbind(), self.b.unbind()

@@ -66,6 +66,10 @@ PRODUCTS = {
     "matmul with mT": ((5, 4), lambda x, w: x @ w[0].mT),
     "matmul with transpose": ((5, 4), lambda x, w: x @ w[0].transpose(0, 1)),
     "twice transposed": ((5, 8), lambda x, w: x @ torch.t(w[0].T)),
+    "a part of the rows": ((5, 4), lambda x, w: F.linear(x, w[1].split([3, 5])[1], bias(5))),
+    "equal parts": ((5, 4), lambda x, w: F.linear(x, w[1].split(3)[2])),
+    "chunks": ((5, 4), lambda x, w: F.linear(x, w[1].chunk(3)[1]) * F.linear(x, w[1].chunk(3)[0])),
+    "chunks of the transposed": ((5, 8), lambda x, w: F.linear(x, torch.t(w[1]).chunk(2)[1])),
     "bmm": ((3, 2, 8), lambda x, w: torch.bmm(x, w)),
     "bmm with transpose": ((3, 2, 4), lambda x, w: x.bmm(w.transpose(-1, -2))),
     "matmul of all": ((3, 2, 8), lambda x, w: x @ w),
@@ -342,6 +346,59 @@ def test_one_matrix_is_not_made_in_training(size, made):
     with torch.no_grad():
         assert type(model.weight) is torch.Tensor  # torch's attention takes its fast path on plain tensors alone
         torch.testing.assert_close(model(x), found.detach(), rtol=1e-12, atol=1e-13)
+
+
+ATTENTIONS = {
+    "self": lambda attention, x, y, z: attention(x, x, x),
+    "without weights": lambda attention, x, y, z: attention(x, x, x, need_weights=False),
+    "masked": lambda attention, x, y, z: attention(x, x, x, attn_mask=torch.ones(5, 5).triu(1).bool()),
+    "cross": lambda attention, x, y, z: attention(x, y, y),
+    "three": lambda attention, x, y, z: attention(x, y, z),
+}
+
+
+def check_attention(call, widths, others, made):
+    torch.manual_seed(0)
+    model = nn.MultiheadAttention(8, 2, batch_first=True, **widths).double().requires_grad_(False)
+    plain, x = copy.deepcopy(model), activation(3, 5, 8).requires_grad_()
+    lora2fx.transform(model, "re:.*", LoRA2(r=3, k=2), example_inputs=(x.detach(), *others), seed=0)
+    for adapter in adapters_of(model):
+        nn.init.normal_(adapter.double().V, std=0.1)
+    made.clear()
+    out, weights = call(model, x, *others)
+    found = all_gradients(model, x, out.sin().sum())
+    assert not made
+    total = {}
+    for name in dict(plain.named_parameters()):
+        own = [adapter for adapter in adapters_of(model) if adapter.site.weight == name]
+        total |= {name: merged(plain.get_parameter(name), own)} if own else {}
+    assert total.keys() >= {"out_proj.weight"}
+    expected = call(lambda *args, **options: torch.func.functional_call(plain, total, args, options), x, *others)
+    torch.testing.assert_close((out, weights), expected, rtol=1e-11, atol=1e-12)
+    same(found, all_gradients(model, x, expected[0].sin().sum()))
+
+
+@pytest.mark.parametrize("call", ATTENTIONS.values(), ids=ATTENTIONS)
+def test_torchs_attention_makes_no_weight_in_training(call, size, made):
+    check_attention(call, {}, (activation(3, 4, 8) + 1, activation(3, 4, 8) - 1), made)
+
+
+@pytest.mark.parametrize("call", [ATTENTIONS["cross"], ATTENTIONS["three"]])
+def test_torchs_attention_with_weights_apart_makes_none_in_training(call, size, made):
+    check_attention(call, {"kdim": 6, "vdim": 6}, (activation(3, 4, 6) + 1, activation(3, 4, 6) - 1), made)
+
+
+def test_attention_among_tensors_of_another_kind_gets_the_whole(made):
+    class Other(torch.Tensor):
+        pass
+
+    model, x = nn.MultiheadAttention(8, 2, batch_first=True).double(), activation(3, 5, 8)
+    lora2fx.transform(model, "re:.*", LoRA(r=2), example_inputs=(x, x, x), seed=0)
+    expected = model(x, x, x)[0]
+    made.clear()
+    found = model(*[x.as_subclass(Other)] * 3)[0]
+    assert made
+    torch.testing.assert_close(found.as_subclass(torch.Tensor), expected, rtol=1e-12, atol=1e-13)
 
 
 def experts_of_transformers(implementation):
