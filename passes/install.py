@@ -18,8 +18,8 @@ from lora2fx.adapter import Adapter
 from lora2fx.eager import two_forms
 from lora2fx.errors import RewriteError
 from lora2fx.insert import Insert
+from lora2fx.passes.reads import read_merged, reading_once
 from lora2fx.passes.recurrent import FLAT_WEIGHTS
-from lora2fx.passes.stacks import read_merged, reading_once
 from lora2fx.program import drop_attribute, keep_attribute
 
 GRAPH = "_lora2fx_graph"
@@ -35,7 +35,7 @@ class Recipe:
 
     `source` is the generated forward (None: the base's own) and `imports` its globals as (name, module,
     attribute). `merged` lists (parameter, adapters): reading the parameter gives W + ΔW, and where `stacked`, reads of
-    one parameter within a forward are one read (see `passes.stacks`). `eager` is a second forward, source and imports,
+    one parameter within a forward are one read (see `passes.reads`). `eager` is a second forward, source and imports,
     for training op by op (see `lora2fx.eager`), with `children` in it.
     """
 

@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lora2fx
 from lora2fx import AdaLoRA, LoRA, LoRA2, SaLoRA, SoRA
 from lora2fx.adapter import Adapter
-from lora2fx.passes.stacks import LazyWeight, merged
+from lora2fx.passes.lazy import LazyWeight
+from lora2fx.passes.reads import merged
 
 METHODS = [LoRA(r=2), LoRA2(r=3, k=2), AdaLoRA(r=2), SoRA(r=2), SaLoRA(r=2)]
 

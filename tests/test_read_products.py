@@ -14,10 +14,11 @@ import lora2fx
 from benchmarks.counting import saved_bytes, state_of
 from lora2fx import AdaLoRA, LoRA, LoRA2
 from lora2fx.adapter import Adapter
-from lora2fx.passes.stacks import LazyWeight, merged
+from lora2fx.passes.lazy import LazyWeight
+from lora2fx.passes.reads import merged
 from lora2fx.training import products
 from tests.adapted import adapters_of, check_as_exact, distances, in_low_precision
-from tests.test_stacks import Experts, adapted, gradients, same, whole
+from tests.test_reads import Experts, adapted, gradients, same, whole
 
 METHODS = [LoRA(r=2), LoRA2(r=3, k=2), AdaLoRA(r=3)]
 

@@ -26,7 +26,7 @@ class Update:
 
     @classmethod
     def of(cls, weight: Tensor, adapters: Sequence[Adapter]) -> Update:
-        """Of a stack (batch, m, n) and what the adapters add to it, one behind the other."""
+        """Of W and what the adapters add to it, their ranks one behind the other."""
         with torch.autocast(weight.device.type, enabled=False):
             a, b = zip(*map(_sides, adapters), strict=True)
         return cls(adapters[0].site.weight, weight, _joined(a), _joined(b))
@@ -35,6 +35,11 @@ class Update:
     def inputs(self) -> tuple[Tensor, ...]:
         """What M is made of, and what its gradient goes to."""
         return self.weight, self.a, self.b
+
+    @property
+    def update(self) -> Update:
+        """Itself."""
+        return self
 
     def whole(self) -> Tensor:
         """M (*batch, m, n) in W's dtype."""
@@ -58,8 +63,8 @@ class Update:
 
     def matrix(self, index: int | Tensor) -> Update:
         """One matrix of a stack."""
-        weight, (a, b) = self.weight[index], self._factors
-        return Update(self.name, weight, a[int(index)], b[int(index)])
+        number, (a, b) = int(index), self._factors
+        return Update(self.name, self.weight[number], a[number], b[number])
 
     def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x M + bias: x (..., m) → (..., n) with one matrix, (batch, tokens, m) → (batch, tokens, n) with a stack."""
