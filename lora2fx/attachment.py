@@ -89,7 +89,8 @@ def attach(
 
 
 def _shared(program: Program) -> Shared:
-    """Linear layers that read one input, with their adapters."""
-    owners = {a.site.weight: (a, program.root.get_submodule(a.site.owner)) for a in program.adapters.values()}
+    """Linear layers that read one input, each with the adapter of the whole of it."""
+    whole = [adapter for adapter in program.adapters.values() if adapter.site.columns is None]
+    owners = {adapter.site.weight: (adapter, program.root.get_submodule(adapter.site.owner)) for adapter in whole}
     groups = [[owners[weight] for weight in group if weight in owners] for group in program.record.shared]
     return [{adapter: owner for adapter, owner in group if isinstance(owner, nn.Linear)} for group in groups]

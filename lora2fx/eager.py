@@ -9,8 +9,9 @@ handful of operations once a step (see `training.bank`), ΔW = Aᵀ B with A (k,
 two small products more than the frozen layer. Plain float tensors go through `training.products`, under autocast in its
 dtype: where x is small by torch's own derivatives, else by one function that makes x again in the backward, rather
 than keep it, where it can (`training.rebuilding`); sites that were seen to read the same x when the model was
-transformed are computed together (`training.sharing`). Whatever else comes along (other matmuls, some columns of a
-fused weight, dropout of a small x, weights that train, quantised ones) takes the folded factors as they are.
+transformed are computed together (`training.sharing`), as are those of one fused weight (`training.columns`). Whatever
+else comes along (other matmuls, dropout of a small x or on a fused weight, weights that train, quantised ones) takes
+the folded factors as they are.
 
 The regulariser's gradient is added in closed form to stacks of gradients, where they are plain tensors without a loss
 scale, by autograd else (`training.driver`). Tests hold each against its reference in float64.
@@ -36,9 +37,14 @@ class Source(Protocol):
     """What folds many adapters at once."""
 
     def product(
-        self, index: int, x: Tensor, weight: Tensor, bias: Tensor | None, dropout: nn.Dropout | None
+        self, index: int, x: Tensor, weight: Tensor, bias: Tensor | None, dropout: nn.Dropout | None = None
     ) -> Tensor | None:
         """The layer's output with what the adapter with this index adds; None where `factors` must do."""
+
+    def product_of_columns(
+        self, indices: tuple[int, ...], x: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> Tensor | None:
+        """The same of adapters of some of its columns each."""
 
     def factors(self, index: int, x: Tensor) -> tuple[Tensor, Tensor]:
         """A (k, in) and B (k, out) of the adapter with this index, as its parameters are now; cast as x is."""
@@ -105,15 +111,22 @@ def _is_transformed(x: Tensor) -> bool:
     )
 
 
-def adapted_linear(x: Tensor, weight: Tensor, bias: Tensor | None, adapter: Adapter) -> Tensor:
-    """x Wᵀ + b + what the adapter adds; x (..., in) → (..., out), in the layer's dtype."""
-    slot = _slot(adapter)
-    if slot is not None and not _is_transformed(x):
-        dropout = adapter.dropout if adapter.dropout is not None and adapter.dropout.training else None
-        found = slot.source.product(slot.index, x, weight, bias, dropout)
+def adapted_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *adapters: Adapter) -> Tensor:
+    """x Wᵀ + b + what the adapters add, to their own columns where they are some; x (..., in) → (..., out)."""
+    slots = [slot for slot in map(_slot, adapters) if slot is not None]
+    if len(slots) == len(adapters) and not _is_transformed(x):
+        dropouts = [a.dropout for a in adapters if a.dropout is not None and a.dropout.training]
+        if adapters[0].columns is None:
+            found = slots[0].source.product(slots[0].index, x, weight, bias, *dropouts)
+        else:
+            indices = tuple([slot.index for slot in slots])
+            found = None if dropouts else slots[0].source.product_of_columns(indices, x, weight, bias)
         if found is not None:
             return found
-    return adapted_output(F.linear(x, weight, bias), x, adapter)
+    y = F.linear(x, weight, bias)
+    for adapter in reversed(adapters):  # as the functional form has them, so that dropouts draw the same
+        y = adapted_output(y, x, adapter)
+    return y
 
 
 def adapted_output(y: Tensor, x: Tensor, adapter: Adapter) -> Tensor:

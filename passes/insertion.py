@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, fx
@@ -13,7 +13,7 @@ from lora2fx.adapter import Adapter
 from lora2fx.eager import adapted_linear, adapted_output
 from lora2fx.errors import RewriteError
 from lora2fx.passes.tracing import trace_adapter
-from lora2fx.passes.uses import GraphUse, linear_operands, parameter_use, weight_nodes
+from lora2fx.passes.uses import GraphUse, LinearLayer, linear_layer, parameter_use, weight_nodes
 from lora2fx.site import Site
 
 
@@ -89,24 +89,35 @@ def _add_to_weight(graph: fx.Graph, child: str, adapter: Adapter) -> None:
 def eager_graph(graph: fx.Graph, adapters: Mapping[str, Adapter], plans: Mapping[str, str]) -> fx.Graph | None:
     """A rewritten copy of the graph in the eager form; None where an adapter has none.
 
-    torch's linear layer becomes `adapted_linear`, what any other matmul returns goes through `adapted_output`.
+    A linear layer, however it is written, becomes `adapted_linear` with all adapters of its weight; what any other
+    matmul returns goes through `adapted_output`.
     """
     if set(plans.values()) != {"activation"}:
         return None
     graph = copy.deepcopy(graph)
+    uses: dict[fx.Node, tuple[GraphUse, list[str]]] = {}
     for child, adapter in adapters.items():
         found = site_use(graph, _parameter(child, adapter), adapter.site)
         if found is None or found.lookup:
             return None
-        operands = linear_operands(found.node) if adapter.columns is None else None
-        if operands is None:
-            _pass_through(graph, found, child)
-            continue
-        with graph.inserting_before(found.node):
-            total = graph.call_function(adapted_linear, (*operands, graph.get_attr(child)))
-        found.node.replace_all_uses_with(total)
-        graph.erase_node(found.node)
+        uses.setdefault(found.node, (found, []))[1].append(child)
+    for found, children in uses.values():
+        layer = linear_layer(found.node)
+        if layer is None:
+            for child in children:
+                _pass_through(graph, found, child)
+        else:
+            _become_linear(graph, found.node, layer, children)
     return graph
+
+
+def _become_linear(graph: fx.Graph, matmul: fx.Node, layer: LinearLayer, children: Sequence[str]) -> None:
+    with graph.inserting_before(matmul):
+        weight = graph.call_method("t", (layer.weight,)) if layer.turned else layer.weight
+        own = [graph.get_attr(child) for child in children]
+        total = graph.call_function(adapted_linear, (layer.input, weight, layer.bias, *own))
+    matmul.replace_all_uses_with(total)
+    graph.erase_node(matmul)
 
 
 def _pass_through(graph: fx.Graph, found: GraphUse, child: str) -> None:

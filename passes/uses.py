@@ -112,12 +112,24 @@ def _matmul(node: fx.Node, weight: fx.Node) -> tuple[Any, Layout] | None:
     return given.get("input"), layout
 
 
-def linear_operands(node: fx.Node) -> tuple[Any, Any, Any] | None:
-    """(input, weight, bias) where the node is torch's own linear layer."""
-    if node.target not in (F.linear, torch._C._nn.linear):
+@dataclass(frozen=True)
+class LinearLayer:
+    """What a matmul of one matrix is as torch's linear layer: `weight` is (out, in), `turned` (in, out)."""
+
+    input: fx.Node
+    weight: fx.Node
+    bias: fx.Node | None
+    turned: bool
+
+
+def linear_layer(node: fx.Node) -> LinearLayer | None:
+    """The matmul as a linear layer whose bias, if any, is a parameter; None where it is none."""
+    names, layout = _MATMULS[node.target]
+    given = None if layout is STACK else _given(node, names)
+    bias = None if given is None else given.get("bias")
+    if given is None or not (bias is None or (isinstance(bias, fx.Node) and bias.op == "get_attr")):
         return None
-    given = _given(node, _LINEAR)
-    return None if given is None else (given["input"], given["weight"], given.get("bias"))
+    return LinearLayer(given["input"], given["weight"], bias, layout is IN_OUT)
 
 
 def _lookup(node: fx.Node, weight: fx.Node) -> GraphUse | None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lora2fx.adapter import Adapter
 from lora2fx.eager import connect, disconnect
 from lora2fx.sharding import is_sharded
+from lora2fx.training.columns import scattered
 from lora2fx.training.folded import Cuts, Folded, Stacks, Use
 from lora2fx.training.products import (
     CAST,
@@ -107,6 +108,7 @@ class Bank:
         self._groups: list[tuple[list[int], Folded]] = []
         self._folds: list[_Folds] = []
         self._cast: dict[torch.dtype, list[_Folds]] = {}
+        self._fused: dict[tuple[tuple[int, ...], torch.dtype], tuple[Tensor, Tensor]] = {}
         self._laid: list[tuple[tuple[int, int], ...]] = []
         self._cuts: list[Cuts] = []
         self._sharing = Sharing(self._members(shared))
@@ -125,7 +127,7 @@ class Bank:
         """Forget what was folded."""
         if self._sharing.settle():
             self._laid = []
-        self._groups, self._folds, self._cast = [], [], {}
+        self._groups, self._folds, self._cast, self._fused = [], [], {}, {}
 
     def uses(self) -> list[Use] | None:
         """What became of the adapters' folding, where their gradients are still stacked as it left them.
@@ -153,7 +155,7 @@ class Bank:
         return own.a(), own.b
 
     def product(
-        self, index: int, x: Tensor, weight: Tensor, bias: Tensor | None, dropout: nn.Dropout | None
+        self, index: int, x: Tensor, weight: Tensor, bias: Tensor | None, dropout: nn.Dropout | None = None
     ) -> Tensor | None:
         """x Wᵀ + b + (dropout(x) Aᵀ) B in the dtype of a linear layer of x.
 
@@ -170,6 +172,30 @@ class Bank:
             drawn = NOTHING if dropout is None else Drawn.by(dropout, x)
             return added_products(x.to(dtype), (layer,), part.a(), (part.b,), self._rebuild, drawn)[0]
         return self._product_of_team(folds, x, layer)
+
+    def product_of_columns(
+        self, indices: tuple[int, ...], x: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> Tensor | None:
+        """x Wᵀ + b + (x Aᵀ) B, A and B those of several adapters, each of some columns of W; None as `product`."""
+        for index in indices:
+            self._current(index)
+        own, dtype = [self._folds[index].b.dtype for index in indices], product_dtype(x)
+        if not is_frozen(weight, bias, x) or not all(fits(each, x) for each in own) or len(set(own)) > 1:
+            return None
+        folds = self._in_dtype(dtype) if is_cast(x) and dtype != own[0] else self._folds
+        for part in (folds[index] for index in indices):
+            part.folded.use.read.add(part.place)
+        a, b = self._joined(indices, folds)
+        return added_products(x.to(dtype), (Layer(indices[0], weight, bias),), a, (b,), self._rebuild)[0]
+
+    def _joined(self, indices: tuple[int, ...], folds: Sequence[_Folds]) -> tuple[Tensor, Tensor]:
+        """A (Σ k, in) and B (Σ k, all columns) of the adapters of one weight."""
+        dtype = folds[indices[0]].b.dtype
+        if (indices, dtype) not in self._fused:
+            a = torch.cat([folds[index].a() for index in indices])
+            b = scattered([self._adapters[index] for index in indices], [folds[index].b for index in indices])
+            self._fused[indices, dtype] = a, b
+        return self._fused[indices, dtype]
 
     def _in_dtype(self, dtype: torch.dtype) -> list[_Folds]:
         """All adapters' parts as autocast would cast them."""
@@ -211,7 +237,7 @@ class Bank:
         if len(laid) != len(self._laid) or not all(map(is_, laid, self._laid)):
             self._lay_out()
             self._laid = laid
-        self._folds, self._cast = self._parts(self._groups), {}
+        self._folds, self._cast, self._fused = self._parts(self._groups), {}, {}
 
     def _parts(self, groups: Iterable[tuple[list[int], Folded]]) -> list[_Folds]:
         """Each adapter's part in the foldings, in the adapters' order."""
