@@ -80,10 +80,16 @@ def _next_rewrite(program: Program, name: str, found: ModelAnalysis, failed: str
         ) from error
 
 
+def _of_their_weights(program: Program, failed: Sequence[str]) -> list[str]:
+    """The adapters that failed, and those of other columns of their weights: a weight has one rewrite."""
+    weights = {program.adapters[name].site.weight for name in failed}
+    return [name for name, adapter in program.adapters.items() if adapter.site.weight in weights]
+
+
 def install_verified(
     program: Program, found: ModelAnalysis, plans: dict[str, str], reference: Reference
 ) -> Verification:
-    """Install and verify a program whose ΔW is 0; a site that fails goes to its next rewrite until none is left."""
+    """Install and verify a program whose ΔW is 0; a weight that fails goes to its next rewrite until none is left."""
     assert found.inputs is not None
     while True:
         install(program, plans)
@@ -97,7 +103,7 @@ def install_verified(
                 " verify=False."
             )
         restore_owners(program.root)
-        for name in verification.failed:
+        for name in _of_their_weights(program, verification.failed):
             failed, plans[name] = plans[name], _next_rewrite(program, name, found, plans[name], verification)
             weight = program.adapters[name].site.weight
             _LOG.info("%s: %s failed (%s); %s is tried", weight, failed, _reasons(verification), plans[name])

@@ -202,7 +202,11 @@ def _checked_gradients(trial: Trial, folded: Folded, found: GradientErrors) -> C
         wrong = [name for name in wrong if found.errors[name] > min(0.9, NOISE * noise[name])]
     worst = max(found.errors.values(), default=0.0)
     known = worst if isfinite(worst) else None
-    note = f"no finite gradient reaches {shortened(found.unreached)}, folded or not" if found.unreached else ""
+    note = (
+        f"no finite gradient above rounding reaches {shortened(found.unreached)}, folded or not"
+        if found.unreached
+        else ""
+    )
     empty = not found.errors
     return Check("gradient", found.mode.name, not wrong, known, tolerance, None, empty, note, tuple(wrong))
 

@@ -18,12 +18,13 @@ from lora2fx.passes.state import OUT_OF_MEMORY
 from lora2fx.program import Program
 
 _LEAST = 1e-30
-"""A gradient of a smaller norm has lost its digits to underflow, and shows nothing."""
+"""A gradient of a smaller norm has lost its digits to underflow, and shows nothing; nor does one that is smaller than a
+rounding of the largest among the adapters', as of a query whose keys are all alike."""
 
 
 @dataclass(frozen=True)
 class GradientErrors:
-    """By adapter ‖g − expected‖ / ‖expected‖ of the worst parameter; `unreached` get none either way, or underflow.
+    """By adapter ‖g − expected‖ / ‖expected‖ of the worst parameter; `unreached` get none either way, or rounding.
 
     `found` and `expected` are the outputs, in `mode`, that these are gradients of.
     """
@@ -142,13 +143,21 @@ def compare_gradients(program: Program, inputs: Inputs, folded: Folded, mode: Mo
     outputs, found = _through_adapters(program, inputs, mode)
     implied, expected = _through_weights(program, inputs, folded, mode)
     gaps, wanted = _gaps(found, expected), _norms(expected)
-    errors, unreached = {}, []
+    errors, unreached, least = {}, [], _least(program, wanted)
     for name, sizes in wanted.items():
-        if not all(map(isfinite, sizes)) or not any(size > _LEAST for size in (*sizes, *gaps[name])):
+        shown = [max(pair) > least[name] for pair in zip(sizes, gaps[name], strict=True)]
+        if not all(map(isfinite, sizes)) or not any(shown):
             unreached.append(name)
         else:
             errors[name] = _error(gaps[name], sizes) if any(sizes) else inf
     return GradientErrors(errors, tuple(unreached), mode, outputs, implied)
+
+
+def _least(program: Program, norms: dict[str, list[float]]) -> dict[str, float]:
+    """By adapter the norm below which a gradient is rounding, of what the largest of them is made of."""
+    largest = max((size for sizes in norms.values() for size in sizes if isfinite(size)), default=0.0)
+    dtypes = {name: next(adapter.parameters()).dtype for name, adapter in program.adapters.items()}
+    return {name: max(_LEAST, torch.finfo(dtype).eps * largest) for name, dtype in dtypes.items()}
 
 
 def gradient_noise(program: Program, inputs: Inputs, folded: Folded, mode: Mode) -> dict[str, float]:

@@ -365,7 +365,7 @@ def test_a_check_that_shows_nothing_says_so():
     assert checks["folded", "eval"]["vacuous"]
     assert "hardly changes the outputs" in checks["folded", "eval"]["note"]
     assert checks["gradient", "eval with gradients"]["note"].startswith(
-        "no finite gradient reaches unused.lora2fx_weight"
+        "no finite gradient above rounding reaches unused.lora2fx_weight"
     )
 
 
@@ -631,7 +631,7 @@ def test_gradients_that_underflow_are_said_to_show_nothing():
     program, reference = rewritten(model=model, sites=sites)
     found = verify_rewrites(program, small_inputs(), reference)
     assert found.status == "passed"
-    assert any("no finite gradient reaches 0.lora2fx_weight" in check["note"] for check in found.checks)
+    assert any("no finite gradient above rounding reaches 0.lora2fx_weight" in check["note"] for check in found.checks)
 
 
 class Vanishing(nn.Module):
