@@ -45,6 +45,8 @@ bench: $(VENV)/.installed-dev  ## step time, operations and memory beside PEFT; 
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench_memory.py --precision autocast
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench_memory.py --precision bfloat16
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench_memory.py --dropout 0.1
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench_fused.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench_property.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench_step.py $(ARGS)
 
 check: lint types imports test  ## everything that CI runs

@@ -75,3 +75,13 @@ def test_weights_read_by_property(start, case):
     times, kept = own["time"], own["bytes"]
     expected = [with_quartiles(times["LoRA²"]), with_quartiles(times[LORA])]
     assert row(start) == [*expected, f"{kept['LoRA²']:.2f}", f"{kept[LORA]:.2f}"]
+
+
+@pytest.mark.parametrize(("start", "name"), [("LoRA²", "LoRA²"), ("PEFT's LoRA", LORA)])
+def test_decoders(start, name):
+    counts = result("fused")["counts"]
+    expected = [
+        ", ".join(f"{counts[precision][decoder][name]['bytes']:.2f}" for precision in ("float32", "bfloat16"))
+        for decoder in ("Phi-3", "GPT-NeoX", "GPT-2", "Llama")
+    ]
+    assert row(start) == expected
