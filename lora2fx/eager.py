@@ -10,8 +10,8 @@ two small products more than the frozen layer. Plain float tensors go through `t
 dtype: where x is small by torch's own derivatives, else by one function that makes x again in the backward, rather
 than keep it, where it can (`training.rebuilding`); sites that were seen to read the same x when the model was
 transformed are computed together (`training.sharing`), as are those of one fused weight (`training.columns`). Whatever
-else comes along (other matmuls, dropout of a small x or on a fused weight, weights that train, quantised ones) takes
-the folded factors as they are.
+else comes along (other matmuls, dropout of a small x, weights that train, quantised ones) takes the folded factors as
+they are.
 
 The regulariser's gradient is added in closed form to stacks of gradients, where they are plain tensors without a loss
 scale, by autograd else (`training.driver`). Tests hold each against its reference in float64.
@@ -42,7 +42,12 @@ class Source(Protocol):
         """The layer's output with what the adapter with this index adds; None where `factors` must do."""
 
     def product_of_columns(
-        self, indices: tuple[int, ...], x: Tensor, weight: Tensor, bias: Tensor | None
+        self,
+        indices: tuple[int, ...],
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        dropouts: Sequence[nn.Dropout] = (),
     ) -> Tensor | None:
         """The same of adapters of some of its columns each."""
 
@@ -120,7 +125,7 @@ def adapted_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *adapters: Ad
             found = slots[0].source.product(slots[0].index, x, weight, bias, *dropouts)
         else:
             indices = tuple([slot.index for slot in slots])
-            found = None if dropouts else slots[0].source.product_of_columns(indices, x, weight, bias)
+            found = slots[0].source.product_of_columns(indices, x, weight, bias, dropouts)
         if found is not None:
             return found
     y = F.linear(x, weight, bias)

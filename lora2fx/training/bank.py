@@ -169,24 +169,35 @@ class Bank:
         part.folded.use.read.add(part.place)
         layer = Layer(index, weight, bias)
         if dropout is not None or index not in self._sharing.involved:
-            drawn = NOTHING if dropout is None else Drawn.by(dropout, x)
+            drawn = NOTHING if dropout is None else Drawn.by([dropout], x, [len(part.b)])
             return added_products(x.to(dtype), (layer,), part.a(), (part.b,), self._rebuild, drawn)[0]
         return self._product_of_team(folds, x, layer)
 
     def product_of_columns(
-        self, indices: tuple[int, ...], x: Tensor, weight: Tensor, bias: Tensor | None
+        self,
+        indices: tuple[int, ...],
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        dropouts: Sequence[nn.Dropout] = (),
     ) -> Tensor | None:
-        """x Wᵀ + b + (x Aᵀ) B, A and B those of several adapters, each of some columns of W; None as `product`."""
+        """x Wᵀ + b + (x Aᵀ) B, A and B those of several adapters, each of some columns of W.
+
+        None as `product`, and of dropouts that not all have, or of several probabilities.
+        """
         for index in indices:
             self._current(index)
         own, dtype = [self._folds[index].b.dtype for index in indices], product_dtype(x)
         if not is_frozen(weight, bias, x) or not all(fits(each, x) for each in own) or len(set(own)) > 1:
             return None
+        if dropouts and (is_small(x) or len(dropouts) < len(indices) or len({drop.p for drop in dropouts}) > 1):
+            return None
         folds = self._in_dtype(dtype) if is_cast(x) and dtype != own[0] else self._folds
         for part in (folds[index] for index in indices):
             part.folded.use.read.add(part.place)
         a, b = self._joined(indices, folds)
-        return added_products(x.to(dtype), (Layer(indices[0], weight, bias),), a, (b,), self._rebuild)[0]
+        drawn = Drawn.by(dropouts, x, [len(folds[index].b) for index in indices]) if dropouts else NOTHING
+        return added_products(x.to(dtype), (Layer(indices[0], weight, bias),), a, (b,), self._rebuild, drawn)[0]
 
     def _joined(self, indices: tuple[int, ...], folds: Sequence[_Folds]) -> tuple[Tensor, Tensor]:
         """A (Σ k, in) and B (Σ k, all columns) of the adapters of one weight."""

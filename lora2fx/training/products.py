@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import pairwise
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -24,23 +25,54 @@ SMALL = 2**16
 
 
 class Drawn(NamedTuple):
-    """A dropout of x: the mask (bool) of what it lets through, in x's shape, and what it multiplies that by."""
+    """Dropouts of x: masks (bool) of what they let through, in x's shape, and what they multiply that by.
 
-    mask: Tensor | None = None
+    Each is for so many of A's rows as `sizes` says, one after the other. What is made of x is scaled in x's place: it
+    is so much less.
+    """
+
+    masks: tuple[Tensor, ...] = ()
+    sizes: tuple[int, ...] = ()
     scale: float = 1.0
 
     @classmethod
-    def by(cls, dropout: nn.Dropout, x: Tensor) -> Self:
-        """Drawn as `dropout(x)` would draw it."""
-        return cls(dropout(torch.ones_like(x)) != 0, 1 / (1 - dropout.p))
+    def by(cls, dropouts: Sequence[nn.Dropout], x: Tensor, sizes: Sequence[int]) -> Self:
+        """Drawn as each `dropout(x)` would draw it, the last one first; all of one probability."""
+        masks = [dropout(torch.ones_like(x)) != 0 for dropout in reversed(dropouts)]
+        return cls(tuple(reversed(masks)), tuple(sizes), 1 / (1 - dropouts[0].p))
 
-    def masked(self, rows: Tensor) -> Tensor:
-        """Rows (n, in) without what is dropped."""
-        return rows if self.mask is None else rows * self.mask.reshape(rows.shape)
+    def _masked(self, rows: Tensor) -> list[Tensor]:
+        return [rows * mask.reshape(rows.shape) for mask in self.masks]
 
-    def scaled(self, low: Tensor) -> Tensor:
-        """What is made of such rows, scaled in their place: it is so much less."""
-        return low if self.mask is None else low * self.scale
+    def low(self, a: Tensor, rows: Tensor) -> Tensor:
+        """A xᵀ (k, n) of rows x (n, in): transposed, as k long rows."""
+        if not self.masks:
+            return a.mm(rows.t())
+        parts = zip(a.split(self.sizes), self._masked(rows), strict=True)
+        return _rows([own.mm(masked.t()) for own, masked in parts]) * self.scale
+
+    def scaled(self, back: Tensor) -> Tensor:
+        """A gradient with respect to what `low` gives."""
+        return back * self.scale if self.masks else back
+
+    def of_rows(self, back: Tensor, a: Tensor) -> Tensor:
+        """A scaled gradient (k, n) brought to the rows (n, in)."""
+        if not self.masks:
+            return back.t().mm(a)
+        parts = zip(back.split(self.sizes), a.split(self.sizes), self.masks, strict=True)
+        own = [low.t().mm(part) * mask.reshape(-1, mask.shape[-1]) for low, part, mask in parts]
+        return own[0] if len(own) == 1 else torch.stack(own).sum(0)
+
+    def of_a(self, back: Tensor, rows: Tensor) -> Tensor:
+        """A scaled gradient (k, n) brought to A (k, in)."""
+        if not self.masks:
+            return back.mm(rows)
+        parts = zip(back.split(self.sizes), self._masked(rows), strict=True)
+        return _rows([low.mm(masked) for low, masked in parts])
+
+
+def _rows(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 NOTHING = Drawn()
@@ -110,14 +142,15 @@ class AddedProducts(torch.autograd.Function):
         weights = [weight.to(x.dtype) for weight in weights]
         biases = [None if bias is None else bias.to(x.dtype) for bias in biases]
         rows = x.reshape(-1, x.shape[-1])
-        inner = drawn.scaled(a.mm(drawn.masked(rows.to(a.dtype)).t()))
+        inner = drawn.low(a, rows.to(a.dtype))
         outputs = []
         for weight, bias, own, low in zip(weights, biases, b, inner.chunk(len(b)), strict=True):
             y = x.new_empty(*x.shape[:-1], len(weight))  # no view of another: users may write to it
             _write_product(y.view(-1, len(weight)), low.t(), own, bias).addmm_(rows, weight.t())
             outputs.append(y)
-        ctx.origin, ctx.count, ctx.scale = origin, len(b), drawn.scale
-        ctx.save_for_backward(inner, a, drawn.mask, *b, *weights, *((x,) if origin is None else origin.tensors))
+        ctx.origin, ctx.count, ctx.drawn = origin, len(b), drawn._replace(masks=())
+        kept = (x,) if origin is None else origin.tensors
+        ctx.save_for_backward(inner, a, *b, *weights, *drawn.masks, *kept)
         return outputs[0] if len(b) == 1 else tuple(outputs)
 
     @staticmethod
@@ -130,23 +163,24 @@ class AddedProducts(torch.autograd.Function):
 
     @staticmethod
     def _gradients(ctx: Any, grads: Sequence[Tensor | None]) -> Any:
-        n, (inner, a, mask, *kept) = ctx.count, ctx.saved_tensors
-        b, weights, kept = kept[:n], kept[n : 2 * n], kept[2 * n :]
+        n, (inner, a, *kept) = ctx.count, ctx.saved_tensors
+        ends = (n, 2 * n, 2 * n + len(ctx.drawn.sizes))
+        b, weights, masks, kept = (kept[start:stop] for start, stop in pairwise((0, *ends, None)))
         x = kept[0] if ctx.origin is None else ctx.origin.rebuild(kept)
-        drawn = Drawn(mask, ctx.scale)
-        rows = drawn.masked(x.reshape(-1, x.shape[-1]).to(a.dtype))
+        drawn = ctx.drawn._replace(masks=tuple(masks))
+        rows = x.reshape(-1, x.shape[-1]).to(a.dtype)
         given = [None if grad is None else grad.reshape(-1, grad.shape[-1]) for grad in grads]
         wide = [None if grad is None else grad.to(a.dtype) for grad in given]
         if torch.is_grad_enabled():  # a second derivative follows, which must see what `inner` is made of
-            inner = drawn.scaled(a.mm(rows.t()))
+            inner = drawn.low(a, rows)
         back, grad_x = drawn.scaled(_through(b, wide)), None
         if ctx.needs_input_grad[0]:
-            grad_x = drawn.masked(back.t().mm(a)).to(x.dtype)
+            grad_x = drawn.of_rows(back, a).to(x.dtype)
             for grad, weight in zip(given, weights, strict=True):
                 grad_x = grad_x if grad is None else _plus(grad_x, grad, weight)
             grad_x = grad_x.view(x.shape)
         lows = [None if grad is None else low.mm(grad) for low, grad in zip(inner.chunk(n), wide, strict=True)]
-        return grad_x, None, None, back.mm(rows), *(part for low in lows for part in (None, None, low))
+        return grad_x, None, None, drawn.of_a(back, rows), *(part for low in lows for part in (None, None, low))
 
 
 def _write_product(y: Tensor, left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
@@ -179,7 +213,7 @@ def added_products(
 ) -> tuple[Tensor, ...]:
     """One output a layer, in x's dtype; by torch's derivatives, whose nodes cost less than Python, where x is small.
 
-    `drawn` is a dropout for the small product's x, which must not be small itself then.
+    `drawn` are dropouts for the small product's x, which must not be small itself then.
     """
     if not is_small(x):
         origin = origin_of(x) if rebuild else None
