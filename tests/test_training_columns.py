@@ -187,7 +187,7 @@ def test_what_changes_between_forwards_is_seen():
 
 
 @pytest.mark.usefixtures("_size")
-@pytest.mark.parametrize("probabilities", [(0.5, 0.5, 0.5), (0.5, 0.0, 0.5), (0.2, 0.3, 0.2)])
+@pytest.mark.parametrize("probabilities", [(0.5, 0.5, 0.5), (0.5, 0.0, 0.5), (0.2, 0.3, 0.2), (1.0, 1.0, 1.0)])
 def test_dropouts_draw_what_the_functional_form_draws(probabilities, calls):
     model, _ = parallel(LoRA(r=2, lora_dropout=0.5))
     for role, p in zip(("query", "key", "value"), probabilities, strict=True):

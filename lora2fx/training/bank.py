@@ -23,10 +23,10 @@ from lora2fx.training.products import (
     Drawn,
     Layer,
     added_products,
+    can_draw,
     fits,
     is_cast,
     is_frozen,
-    is_small,
     product_dtype,
 )
 from lora2fx.training.sharing import Member, Shared, Sharing
@@ -159,10 +159,10 @@ class Bank:
     ) -> Tensor | None:
         """x Wᵀ + b + (dropout(x) Aᵀ) B in the dtype of a linear layer of x.
 
-        None where W or b trains or is no plain tensor, or the factors don't fit x, or of a dropout of a small x.
+        None where W or b trains or is no plain tensor, the factors don't fit x, or the dropout can't be drawn.
         """
         own, dtype = self._current(index).b.dtype, product_dtype(x)
-        if not is_frozen(weight, bias, x) or not fits(own, x) or (dropout is not None and is_small(x)):
+        if not is_frozen(weight, bias, x) or not fits(own, x) or not can_draw([dropout] if dropout else [], x):
             return None
         folds = self._in_dtype(dtype) if is_cast(x) and dtype != own else self._folds
         part = folds[index]
@@ -183,14 +183,14 @@ class Bank:
     ) -> Tensor | None:
         """x Wᵀ + b + (x Aᵀ) B, A and B those of several adapters, each of some columns of W.
 
-        None as `product`, and of dropouts that not all have, or of several probabilities.
+        None as `product`, and of dropouts that not all have.
         """
         for index in indices:
             self._current(index)
         own, dtype = [self._folds[index].b.dtype for index in indices], product_dtype(x)
         if not is_frozen(weight, bias, x) or not all(fits(each, x) for each in own) or len(set(own)) > 1:
             return None
-        if dropouts and (is_small(x) or len(dropouts) < len(indices) or len({drop.p for drop in dropouts}) > 1):
+        if not can_draw(dropouts, x) or (dropouts and len(dropouts) < len(indices)):
             return None
         folds = self._in_dtype(dtype) if is_cast(x) and dtype != own[0] else self._folds
         for part in (folds[index] for index in indices):

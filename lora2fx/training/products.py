@@ -97,6 +97,14 @@ def product_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(x.device.type) if is_cast(x) else x.dtype
 
 
+def can_draw(dropouts: Sequence[nn.Dropout], x: Tensor) -> bool:
+    """Whether `Drawn` can be these dropouts of x: of one probability that lets something through, and no small x."""
+    if not dropouts:
+        return True
+    probabilities = {dropout.p for dropout in dropouts}
+    return not is_small(x) and len(probabilities) == 1 and probabilities != {1.0}
+
+
 def is_small(x: Tensor) -> bool:
     """Whether torch's own derivatives serve x best."""
     return x.numel() <= SMALL
