@@ -284,6 +284,18 @@ def test_the_mean_is_over_seeds_that_have_all_tasks() -> None:
     assert "Mean over" not in show_all(records[2:], ["cola", "trec"])
 
 
+def test_a_task_that_only_some_were_run_on_has_a_mean_of_its_own() -> None:
+    first, second = "LoRA r=1", "LoRA² 3→1"
+    records = [result(first, 0, score, task) for task, score in (("cola", 0.2), ("trec", 0.4), ("mrpc", 0.9))]
+    records += [result(second, 0, score, task) for task, score in (("cola", 0.3), ("trec", 0.7))]
+    text = show_all(records, ["cola", "trec", "mrpc"])
+    common, _, every = text.partition("Mean over cola, trec, mrpc\n")
+    assert common.startswith("Mean over cola, trec\n")
+    assert "30.0 ± 0.0" in common and "50.0 ± 0.0" in common
+    means, _, _ = every.partition("\n\ncola")
+    assert "50.0 ± 0.0" in means and second not in means
+
+
 def test_goals_are_paired_by_seed() -> None:
     pairs = {"LoRA² 3→1": (0.8, 0.9, 0.7), "LoRA r=1": (0.7, 0.85, 0.5)}
     records = [result(name, seed, score) for name, own in pairs.items() for seed, score in enumerate(own)]

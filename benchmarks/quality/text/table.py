@@ -23,6 +23,12 @@ def over_tasks(records: Sequence[Record], tasks: Sequence[str]) -> list[Record]:
     return [_mean(own) for own in groups.values() if {record["task"] for record in own} == set(tasks)]
 
 
+def common(records: Sequence[Record], tasks: Sequence[str]) -> list[str]:
+    """The tasks that every contestant was run on."""
+    names = {record["contestant"] for record in records}
+    return [task for task in tasks if {r["contestant"] for r in records if r["task"] == task} == names]
+
+
 def _mean(records: Sequence[Record]) -> Record:
     keys = ("score", "seconds", "before", "after", "folded")
     return {**records[0], "task": "mean", **{key: mean(record[key] for record in records) for key in keys}}
@@ -33,12 +39,13 @@ def _ordered(records: Sequence[Record]) -> list[Record]:
 
 
 def show_all(records: Sequence[Record], tasks: Sequence[str]) -> str:
-    """All tables, those with nothing in them left out."""
+    """All tables, those with nothing in them left out; means over the tasks that all were run on, and over all tasks."""
     parts = []
-    whole = over_tasks(records, tasks)
-    if whole:
-        parts.append(f"Mean over {', '.join(tasks)}\n\n{compare(_ordered(whole), AGAINST)}")
-        parts.append(f"Paired differences of the mean, in points\n\n{show_goals(whole)}")
+    for chosen in dict.fromkeys((tuple(common(records, tasks)), tuple(tasks))):
+        whole = over_tasks([record for record in records if record["task"] in chosen], chosen)
+        if whole and (len(chosen) > 1 or len(tasks) == 1):
+            parts.append(f"Mean over {', '.join(chosen)}\n\n{compare(_ordered(whole), AGAINST)}")
+            parts.append(f"Paired differences of the mean, in points\n\n{show_goals(whole)}")
     for task in tasks:
         own = _ordered([record for record in records if record["task"] == task])
         if own:
