@@ -34,15 +34,14 @@ class Recipe:
     """What an adapted class is made of beside its base: plain strings, so that it can be pickled.
 
     `source` is the generated forward (None: the base's own) and `imports` its globals as (name, module,
-    attribute). `merged` lists (parameter, adapters): reading the parameter gives W + ΔW, and where `stacked`, reads of
-    one parameter within a forward are one read (see `passes.reads`). `eager` is a second forward, source and imports,
-    for training op by op (see `lora2fx.eager`), with `children` in it.
+    attribute). `merged` lists (parameter, adapters): reading the parameter gives W + ΔW, once within a forward (see
+    `passes.reads`). `eager` is a second forward, source and imports, for training op by op (see `lora2fx.eager`), with
+    `children` in it.
     """
 
     source: str | None = None
     imports: tuple[tuple[str, str, str], ...] = ()
     merged: tuple[tuple[str, tuple[str, ...]], ...] = ()
-    stacked: bool = False
     eager: Source | None = None
     children: tuple[str, ...] = ()
 
@@ -69,13 +68,11 @@ def _rebuild(original: type[nn.Module], recipe: Recipe) -> nn.Module:
     return cls.__new__(cls)
 
 
-def graph_recipe(
-    graph: fx.Graph | None, merged: tuple[tuple[str, tuple[str, ...]], ...], stacked: bool = False
-) -> Recipe:
-    """The recipe of a rewritten graph and of the parameters that are read merged, stacks of matrices or not."""
+def graph_recipe(graph: fx.Graph | None, merged: tuple[tuple[str, tuple[str, ...]], ...]) -> Recipe:
+    """The recipe of a rewritten graph and of the parameters that are read merged."""
     if graph is None:
-        return Recipe(merged=merged, stacked=stacked)
-    return Recipe(*forward_source(graph), merged, stacked)
+        return Recipe(merged=merged)
+    return Recipe(*forward_source(graph), merged)
 
 
 def forward_source(graph: fx.Graph) -> Source:
@@ -153,7 +150,7 @@ def _make_class(original: type[nn.Module], recipe: Recipe) -> type[nn.Module]:
         if recipe.eager is not None:
             eager = _compile_forward(original.__qualname__, recipe.eager)
             body["forward"] = two_forms(body["forward"], eager, recipe.children)
-    if recipe.stacked:
+    if recipe.merged:
         body["forward"] = reading_once(body.get("forward", original.forward))
     return type(original.__name__, (Adapted, original), body)
 

@@ -112,7 +112,7 @@ _READS: ContextVar[dict[tuple[int, Modes], _Known] | None] = ContextVar("reads",
 
 
 def reading_once(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A module's forward, in which reads of one stack are one read, as long as nothing needs W + ΔW itself."""
+    """A module's forward, in which reads of one weight are one read, as long as nothing needs W + ΔW itself."""
 
     @functools.wraps(forward)
     def shared(self: nn.Module, *args: Any, **kwargs: Any) -> Any:

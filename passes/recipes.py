@@ -66,6 +66,5 @@ def _make_recipe(owner: nn.Module, adapters: Mapping[str, Adapter], plans: Mappi
         traced = trace_owner(owner)
         graph, eager = copy.deepcopy(traced), eager_graph(traced, adapters, plans)
         rewrite_graph(graph, adapters, plans)
-    stacked = any(adapters[child].site.batch_shape for children in merged.values() for child in children)
-    recipe = graph_recipe(graph, tuple((name, tuple(children)) for name, children in merged.items()), stacked)
+    recipe = graph_recipe(graph, tuple((name, tuple(children)) for name, children in merged.items()))
     return recipe if eager is None else replace(recipe, eager=forward_source(eager), children=tuple(adapters))

@@ -389,6 +389,18 @@ def test_torchs_attention_with_weights_apart_makes_none_in_training(call, size, 
     check_attention(call, {"kdim": 6, "vdim": 6}, (activation(3, 4, 6) + 1, activation(3, 4, 6) - 1), made)
 
 
+def test_torchs_attention_reads_each_weight_once(monkeypatch):
+    found, of = [], LazyWeight.of
+    monkeypatch.setattr(
+        LazyWeight, "of", lambda read, modes: (found.append(tuple(read.weight.shape)), of(read, modes))[1]
+    )
+    model, x = nn.MultiheadAttention(8, 2, batch_first=True), torch.randn(3, 5, 8)
+    lora2fx.transform(model, "re:.*", LoRA(r=2), example_inputs=(x, x, x), seed=0)
+    found.clear()
+    model(x, x, x)
+    assert sorted(found) == [(8, 8), (24, 8)]
+
+
 def test_attention_among_tensors_of_another_kind_gets_the_whole(made):
     class Other(torch.Tensor):
         pass

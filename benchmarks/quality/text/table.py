@@ -39,7 +39,7 @@ def _ordered(records: Sequence[Record]) -> list[Record]:
 
 
 def show_all(records: Sequence[Record], tasks: Sequence[str]) -> str:
-    """All tables, those with nothing in them left out; means over the tasks that all were run on, and over all tasks."""
+    """All tables that something is in; means over the tasks that all contestants were run on, and over all."""
     parts = []
     for chosen in dict.fromkeys((tuple(common(records, tasks)), tuple(tasks))):
         whole = over_tasks([record for record in records if record["task"] in chosen], chosen)
